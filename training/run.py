@@ -1,0 +1,121 @@
+"""The folder that a training run leaves behind, and the signals that end it early."""
+
+import csv
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make `folder` for a new run.
+
+    Raises:
+        ValueError: it holds a run already.
+        OSError: it cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} already holds a run: continue it with --resume {folder}, or name another --out")
+    (folder / "config.json").touch()
+
+
+def write_config(folder: Path, args: dict[str, Any], data_source: str, device: torch.device) -> None:
+    """Write config.json: arguments, the data's source, versions, git revision and hardware, a resumed run's below.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    config: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "args": args,
+        "data": data_source,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision")}},
+        "git": git_revision(),
+        "hardware": hardware(device),
+    }
+    path = folder / "config.json"
+    if path.exists() and path.stat().st_size > 0:
+        first = json.loads(path.read_text())
+        config = first | {"resumed": [*first.get("resumed", []), config]}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """This repository's commit, with "-dirty" where files differ from it; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def hardware(device: torch.device) -> str:
+    """One line: the processor and torch's threads or, on CUDA, the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def write_metrics(path: Path, rows: list[dict[str, float | None]]) -> None:
+    """Write all rows so far as CSV, whole or not at all; the first row names the columns, None and NaN stay empty."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: "" if value is None or math.isnan(value) else value for key, value in row.items()})
+    os.replace(partial, path)
+
+
+class StopRequest:
+    """The signal that asked the run to stop, or None."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within, the first SIGINT or SIGTERM is only noted in the yielded request; a second one acts as ever."""
+    request = StopRequest()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
