@@ -1,0 +1,87 @@
+"""Direct feedback worked out by hand, without autograd: what the tests hold the package against.
+
+Shapes: N batch, K classes, D features of one block.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy_error(logits: Tensor, target: Tensor) -> Tensor:
+    """e = dL/dlogits of the mean cross-entropy, (N, K)."""
+    return (logits.softmax(1) - F.one_hot(target, logits.shape[1])) / len(target)
+
+
+def batch_norm(a: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Normalise feature maps by their batch's own mean and variance; return them and the standard deviation."""
+    mean, var = a.mean((0, 2, 3), keepdim=True), a.var((0, 2, 3), unbiased=False, keepdim=True)
+    std = (var + eps).sqrt()
+    return (a - mean) / std, std
+
+
+def conv_block(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor
+) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
+    """Convolution as a matrix product over unfolded patches, then batch norm and ReLU.
+
+    Returns h, and a function from grad_h to the gradients of the block's four parameters.
+    """
+    patches = F.unfold(x, weight.shape[2:])  # (N, C*3*3, places)
+    side = x.shape[2] - weight.shape[2] + 1
+    a = (weight.flatten(1) @ patches + bias[:, None]).view(len(x), -1, side, side)
+    normal, std = batch_norm(a)
+    h = (gamma.view(1, -1, 1, 1) * normal + beta.view(1, -1, 1, 1)).relu()
+
+    def gradients(grad_h: Tensor) -> dict[str, Tensor]:
+        delta = grad_h * (h > 0)
+        grad_normal = delta * gamma.view(1, -1, 1, 1)
+        mean = grad_normal.mean((0, 2, 3), keepdim=True)
+        along = (grad_normal * normal).mean((0, 2, 3), keepdim=True)
+        grad_a = (grad_normal - mean - normal * along) / std
+        return {
+            "conv.weight": torch.einsum("ncp,nkp->ck", grad_a.flatten(2), patches).view_as(weight),
+            "conv.bias": grad_a.sum((0, 2, 3)),
+            "norm.weight": (delta * normal).sum((0, 2, 3)),
+            "norm.bias": delta.sum((0, 2, 3)),
+        }
+
+    return h, gradients
+
+
+def convnet_gradients(
+    parameters: dict[str, Tensor], matrices: list[Tensor], x: Tensor, target: Tensor
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Gradients by direct feedback of every parameter of `models.ConvNet`, and e^T @ h of every point."""
+    p = parameters
+    names = ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
+    h1, gradients1 = conv_block(x, *(p[f"conv1.{name}"] for name in names))
+    h2, gradients2 = conv_block(h1, *(p[f"conv2.{name}"] for name in names))
+    pooled = h2.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5)).flatten(1)
+    h3 = (pooled @ p["fc1.linear.weight"].T + p["fc1.linear.bias"]).relu()
+    error = cross_entropy_error(h3 @ p["fc2.weight"].T + p["fc2.bias"], target)
+    signals = [torch.einsum("nk,k...->n...", error, B) for B in matrices]
+    delta3 = signals[2] * (h3 > 0)
+    gradients = {f"conv1.{name}": value for name, value in gradients1(signals[0]).items()}
+    gradients |= {f"conv2.{name}": value for name, value in gradients2(signals[1]).items()}
+    gradients |= {"fc1.linear.weight": delta3.T @ pooled, "fc1.linear.bias": delta3.sum(0)}
+    gradients |= {"fc2.weight": error.T @ h3, "fc2.bias": error.sum(0)}
+    return gradients, [torch.einsum("nk,n...->k...", error, h) for h in (h1, h2, h3)]
+
+
+def mlp_gradients(
+    weights: list[Tensor], biases: list[Tensor], matrices: list[Tensor], x: Tensor, target: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients by direct feedback of a tanh MLP's weights and biases, and e^T @ h of every hidden layer."""
+    inputs = [x]
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        inputs.append((inputs[-1] @ weight.T + bias).tanh())
+    error = cross_entropy_error(inputs[-1] @ weights[-1].T + biases[-1], target)
+    deltas = [error @ B * (1 - h**2) for B, h in zip(matrices, inputs[1:], strict=True)] + [error]
+    return (
+        [delta.T @ h for delta, h in zip(deltas, inputs, strict=True)],
+        [delta.sum(0) for delta in deltas],
+        [error.T @ h for h in inputs[1:]],
+    )
