@@ -1,6 +1,7 @@
 """The method: gradients, unlocking, Kolen-Pollack, and every way a network may be used."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_convnet_gradients_equal_those_worked_out_by_hand(rule):
 def test_mlp_gradients_equal_those_worked_out_by_hand(rule):
     torch.manual_seed(0)
     sizes = [6, 5, 4, 3]
-    layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in itertools.pairwise(sizes)]
     model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
     x, y = torch.randn(7, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 2])
     net = DirectFeedback(model, ("1", "3"), rule, x)
@@ -231,7 +232,7 @@ def test_two_forwards_before_one_backward(rule):
 
 
 def test_two_forwards_before_one_backward_step_b_twice_in_place():
-    """Each backward is a step of B. The gradients sum up to those of two steps, one after the other, in either order."""
+    """Each backward is a step of B: the outcome is that of two steps, one after the other, in either order."""
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
     options = LEARNING[2][1]
     together = make("DKP", **options)

