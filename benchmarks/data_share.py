@@ -38,7 +38,7 @@ def measure(batch_size: int, steps: int) -> tuple[list[float], list[float]]:
     stream = batches(x, y, batch_size, epoch_order(images, 1, 1))
     for _ in tqdm(range(steps + 5), desc=f"batch {batch_size}", unit="step", leave=False, disable=None):
         start = time.perf_counter()
-        batch, labels = next(stream)
+        batch, labels, _ = next(stream)
         got = time.perf_counter()
         for optimizer in optimizers:
             optimizer.zero_grad()

@@ -30,7 +30,8 @@ def alignment(
     random numbers are left as they were. For each feedback point:
 
     - `alignment_deg`: degrees between e @ B_l and dL/dh_l, per sample, averaged over the samples whose two signals
-      are not zero (Lillicrap et al. 2016 use this angle; 90 is chance, 0 is backpropagation). NaN where all are.
+      are not zero (Lillicrap et al. 2016 use this angle; 90 is chance, 0 is backpropagation). NaN where all are, and
+      at a point with nothing to train at or below it.
     - `logit_cosine`: the mean cosine between the logits and h_l @ B_l^T, which the original code of DKP logs as
       "cos_alignment"; not an angle between gradients. NaN for BP, which has no B.
 
@@ -45,7 +46,10 @@ def alignment(
     """
     with untouched(net.model), torch.enable_grad():
         logits, activations = net.tapped_forward(x, cut=False)
-        error_NK, *bp_grads = torch.autograd.grad(loss_fn(logits, target), [logits, *activations])
+        loss = loss_fn(logits, target)
+        trained = [h for h in activations if h.requires_grad]
+        error_NK, *grads = torch.autograd.grad(loss, [logits, *trained])
+    bp_grads = [grads.pop(0) if h.requires_grad else torch.zeros_like(h) for h in activations]
     matrices = net.matrices()
     result = {}
     for i, (point, h, bp_grad) in enumerate(zip(net.points, activations, bp_grads, strict=True)):

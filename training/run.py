@@ -38,6 +38,7 @@ def write_config(folder: Path, args: dict[str, Any], data_source: str, device: t
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: there is one of an earlier run, and it is damaged.
     """
     config: dict[str, Any] = {
         "command": " ".join(sys.argv),
@@ -49,9 +50,14 @@ def write_config(folder: Path, args: dict[str, Any], data_source: str, device: t
     }
     path = folder / "config.json"
     if path.exists() and path.stat().st_size > 0:
-        first = json.loads(path.read_text())
+        try:
+            first = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it to go on") from error
         config = first | {"resumed": [*first.get("resumed", []), config]}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    partial = path.with_name("config.json.partial")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def version(package: str) -> str | None:

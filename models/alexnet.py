@@ -1,0 +1,47 @@
+"""AlexNet with batch norm, as Webster, Choi, Ahn 2020 train it on CIFAR-100."""
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+
+def conv_block(in_channels: int, out_channels: int, pool: bool = False, **shape: int) -> nn.Sequential:
+    """Convolution, batch norm, ReLU and, where asked for, a 3x3 max-pool of stride 2."""
+    block = nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(in_channels, out_channels, **shape), norm=nn.BatchNorm2d(out_channels), relu=nn.ReLU()
+        )
+    )
+    if pool:
+        block.add_module("pool", nn.MaxPool2d(3, stride=2))
+    return block
+
+
+class AlexNet(nn.Module):
+    """Five convolutions with batch norm and three linear layers, for images of 63x63 pixels or more.
+
+    `points` names the blocks that get feedback, each ending where the original injects it.
+
+    Args:
+        num_classes: K, the width of the output.
+    """
+
+    points = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2")
+    smallest_image = 63  # pixels a side: below, nothing is left for the last pool
+
+    def __init__(self, num_classes: int = 100) -> None:
+        super().__init__()
+        self.conv1 = conv_block(3, 64, pool=True, kernel_size=11, stride=4, padding=2)
+        self.conv2 = conv_block(64, 192, pool=True, kernel_size=5, padding=2)
+        self.conv3 = conv_block(192, 384, kernel_size=3, padding=1)
+        self.conv4 = conv_block(384, 256, kernel_size=3, padding=1)
+        self.conv5 = conv_block(256, 256, pool=True, kernel_size=3, padding=1)
+        self.conv5.append(nn.AdaptiveAvgPool2d(6)).append(nn.Flatten()).append(nn.Dropout())
+        self.fc1 = nn.Sequential(OrderedDict(linear=nn.Linear(256 * 6 * 6, 4096), relu=nn.ReLU(), dropout=nn.Dropout()))
+        self.fc2 = nn.Sequential(OrderedDict(linear=nn.Linear(4096, 4096), relu=nn.ReLU()))
+        self.fc3 = nn.Linear(4096, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to logits (N, K)."""
+        h = self.conv5(self.conv4(self.conv3(self.conv2(self.conv1(x)))))
+        return self.fc3(self.fc2(self.fc1(h)))

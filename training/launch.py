@@ -1,0 +1,142 @@
+"""Start one process or many: by hand, through torch.multiprocessing, or found started by torchrun."""
+
+import os
+import signal
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from training.arguments import Parser
+
+Worker = Callable[[Namespace, torch.device], int]
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def restarts() -> int:
+    """How often torchrun has started this job anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def processes_per_node(args: Namespace) -> int:
+    """How many processes of this job run on this machine."""
+    if under_torchrun():
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if args.multiprocessing_distributed:
+        return args.nprocs_per_node or max(1, torch.cuda.device_count())
+    return 1
+
+
+def check(args: Namespace, parser: Parser) -> None:
+    """Refuse launch flags that contradict each other or the machine."""
+    if args.dist_backend == "nccl" and not torch.cuda.is_available():
+        parser.error("--dist-backend nccl needs a GPU, and there is none: take --dist-backend gloo, or leave it out")
+    if under_torchrun() and args.multiprocessing_distributed:
+        parser.error("torchrun has started the processes: leave --multiprocessing-distributed out")
+    if args.nprocs_per_node is not None and not args.multiprocessing_distributed:
+        parser.error("--nprocs-per-node needs --multiprocessing-distributed")
+    if args.nprocs_per_node is not None and args.nprocs_per_node > torch.cuda.device_count() > 0:
+        parser.error(
+            f"--nprocs-per-node: got {args.nprocs_per_node}, expected at most {torch.cuda.device_count()} GPUs"
+        )
+    if args.gpu is not None and args.gpu >= torch.cuda.device_count():
+        parser.error(f"--gpu: got {args.gpu}, but there are {torch.cuda.device_count()} GPUs")
+    if args.gpu is not None and args.multiprocessing_distributed:
+        parser.error("--gpu does not go with --multiprocessing-distributed: every GPU has its process")
+    if args.world_size > 1 and not under_torchrun():
+        if args.dist_url is None:
+            parser.error("--world-size above 1 needs --dist-url tcp://HOST:PORT, an address of the machine of rank 0")
+        if not 0 <= args.rank < args.world_size:
+            parser.error(
+                f"--rank: got {args.rank}, expected 0 to {args.world_size - 1} with --world-size {args.world_size}"
+            )
+
+
+def launch(args: Namespace, worker: Worker) -> int:
+    """Run `worker(args, device)` in every process that the arguments ask for; return the job's exit status.
+
+    One process that fails ends the others; its error is printed first.
+    """
+    if under_torchrun():
+        environment = (int(os.environ[key]) for key in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
+        return record(join_and_work)(args, worker, *environment, "env://")
+    if not args.multiprocessing_distributed:
+        if args.world_size > 1:
+            return join_and_work(args, worker, args.gpu or 0, args.rank, args.world_size, args.dist_url)
+        return worker(args, device_of(args.gpu or 0))
+    count, nodes = processes_per_node(args), max(1, args.world_size)
+    url = args.dist_url or f"tcp://127.0.0.1:{free_port()}"
+    first = max(0, args.rank) * count
+    job = (args, worker, first, nodes * count, url)
+    processes = multiprocessing.start_processes(spawned, job, nprocs=count, join=False, start_method="spawn")
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:  # Ctrl-C reaches the processes by itself
+            for process in processes.processes:
+                process.terminate()
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not processes.join():
+            pass
+    except multiprocessing.ProcessRaisedException as error:
+        print(f"error: process {error.error_index} failed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        print(error, file=sys.stderr)
+        return 1
+    except multiprocessing.ProcessExitedException as error:
+        if error.signal_name is not None:
+            print(f"error: process {error.error_index} was ended by {error.signal_name}", file=sys.stderr)
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def spawned(local_rank: int, args: Namespace, worker: Worker, first: int, world_size: int, url: str) -> None:
+    """What each process of `start_processes` runs."""
+    status = join_and_work(args, worker, local_rank, first + local_rank, world_size, url)
+    if status != 0:
+        sys.exit(status)
+
+
+def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, world_size: int, url: str) -> int:
+    """Join the process group at `url` as `rank`, work, and leave it; 1 where joining fails within --dist-timeout."""
+    device = device_of(local_rank)
+    backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    timeout = timedelta(seconds=args.dist_timeout)
+    try:
+        dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"error: rank {rank} of {world_size} could not join at {url}: {reason}", file=sys.stderr, flush=True)
+        return 1
+    status = worker(args, device)
+    dist.destroy_process_group()
+    return status
+
+
+def device_of(local_rank: int) -> torch.device:
+    """This process's GPU, made current, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,291 @@
+"""The training loop of both scripts, in one process or in many: epochs, checkpoints, metrics, an early end.
+
+Shapes: N images of a rank's batch, K classes.
+"""
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from feedback import DirectFeedback, alignment
+from training.checkpoint import rng_state, save_checkpoint, set_rng_state
+from training.distributed import average_buffers, barrier, gather, rank, sum_over_ranks, world_size
+from training.run import StopRequest, stop_on_signal, write_metrics
+
+Batches = Iterator[tuple[Tensor, Tensor, int]]
+
+
+@dataclass
+class Job:
+    """What there is to train, and on what.
+
+    net: the wrapped model; train_net: the same inside DistributedDataParallel, where there are several ranks.
+    optimizers: W's, then B's if it has one. set_learning_rates: sets those of an epoch (1 is the first), returns them.
+    train_batches: (epoch, images of it that all ranks have seen) to this rank's rest of the epoch, as images (N, ...),
+        labels (N,) and the number of images of all ranks together; as many batches on every rank.
+    test_batches: to this rank's share of the test images. probe: images and labels to measure the angles on.
+    train_images, steps: of an epoch, all ranks together.
+    settings: the script's arguments, plain data, kept in the checkpoint. data: a fingerprint of the training data.
+    command: the line that resumes the run.
+    """
+
+    net: DirectFeedback
+    train_net: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    set_learning_rates: Callable[[int], dict[str, float | None]]
+    train_batches: Callable[[int, int], Batches]
+    test_batches: Callable[[], Batches]
+    probe: tuple[Tensor, Tensor]
+    train_images: int
+    steps: int
+    epochs: int
+    folder: Path
+    settings: dict[str, Any]
+    data: str
+    model_name: str
+    command: str
+    checkpoint_name: str = "checkpoint.pt"
+    best_name: str | None = None
+    bfloat16: bool = False
+    log_interval: int = 10
+    epoch: int = 0
+    rows: list[dict[str, float | None]] = field(default_factory=list)
+    tally: dict[str, Any] = field(default_factory=lambda: new_tally())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net lies."""
+        return next(self.net.parameters()).device
+
+    def precision(self) -> torch.autocast:
+        """The autocast context of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+def new_tally() -> dict[str, Any]:
+    """An epoch's sums so far. Of all ranks: steps, images seen, seconds; of this rank: images, loss, right ones."""
+    return {"step": 0, "seen": 0, "seconds": 0.0, "images": 0, "loss": 0.0, "correct": 0}
+
+
+def save(job: Job) -> None:
+    """Write the job's checkpoint from rank 0: net with B, optimisers, metrics, each rank's random numbers and sums."""
+    ranks = gather({"rng": rng_state(), "tally": job.tally})
+    if rank() == 0:
+        state = {"model": job.model_name, "args": job.settings, "data": job.data, "ranks": ranks}
+        state |= {"epoch": job.epoch, "rows": job.rows}
+        state |= {"net": job.net.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in job.optimizers]}
+        save_checkpoint(job.folder / job.checkpoint_name, state)
+        best = max((row["test_accuracy"] for row in job.rows), default=0)
+        if job.best_name and job.tally["step"] == 0 and job.rows and job.rows[-1]["test_accuracy"] == best:
+            save_checkpoint(job.folder / job.best_name, state)
+    barrier()
+
+
+def restore(job: Job, checkpoint: dict[str, Any]) -> None:
+    """Put back what `save` wrote. In a world of another size the sums go to rank 0, and random numbers start anew.
+
+    Raises:
+        ValueError: the checkpoint is of other data, or does not fit the net or the optimisers.
+    """
+    if checkpoint.get("data") != job.data:
+        raise ValueError("the checkpoint's run had other training images, labels, or another order of them")
+    try:
+        job.net.load_state_dict(checkpoint["net"])
+        for optimizer, state in zip(job.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        restore_ranks(job, checkpoint["ranks"])
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the checkpoint does not fit: {error}") from error
+    job.epoch, job.rows = checkpoint["epoch"], checkpoint["rows"]
+
+
+def restore_ranks(job: Job, saved: list[dict[str, Any]]) -> None:
+    """Put back each rank's random numbers and sums."""
+    if len(saved) == world_size():
+        set_rng_state(saved[rank()]["rng"])
+        job.tally = saved[rank()]["tally"]
+    else:
+        job.tally = saved[0]["tally"] | {
+            key: sum(other["tally"][key] for other in saved) if rank() == 0 else 0
+            for key in ("images", "loss", "correct")
+        }
+
+
+class NonFiniteLossError(Exception):
+    """The training loss was infinite or NaN; nothing has been updated with it."""
+
+
+def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bool:
+    """Train to the end of the epoch, or to a stop request on any rank; sum up in `job.tally`; return if it is the end.
+
+    Raises:
+        NonFiniteLossError: before the update of W and of B.
+    """
+    tally = job.tally
+    started = time.perf_counter() - tally["seconds"]
+    job.net.train()
+    bar = tqdm(
+        total=job.train_images,
+        initial=tally["seen"],
+        desc=f"epoch {job.epoch + 1}/{job.epochs}",
+        unit="image",
+        leave=False,
+        disable=None if rank() == 0 else True,
+    )
+    with bar:
+        for x, y, together in job.train_batches(job.epoch + 1, tally["seen"]):
+            for optimizer in job.optimizers:
+                optimizer.zero_grad()
+            with job.precision():
+                logits = job.train_net(x)
+                loss = F.cross_entropy(logits, y)
+            loss_value = loss.item()
+            if not math.isfinite(loss_value):
+                raise NonFiniteLossError(
+                    f"the loss is {loss_value} at epoch {job.epoch + 1}, step {tally['step'] + 1}: "
+                    "stopped before the update"
+                )
+            # ranks are averaged: weigh this one by its images, so that the outcome is the mean over all of them
+            (loss * (len(y) * world_size() / together)).backward()
+            for optimizer in job.optimizers:
+                optimizer.step()
+
+            tally["step"] += 1
+            tally["seen"] += together
+            tally["images"] += len(y)
+            tally["loss"] += loss_value * len(y)
+            tally["correct"] += int((logits.argmax(1) == y).sum())
+            tally["seconds"] = time.perf_counter() - started
+            bar.update(together)
+            if tally["step"] % job.log_interval == 0:
+                train_loss, accuracy = train_metrics(job)
+                bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
+                if writer is not None:
+                    writer.add_scalar("step/train_loss", loss_value, job.epoch * job.steps + tally["step"])
+            if sum_over_ranks([float(stop.signal or 0)], job.device)[0] > 0:
+                return False
+    return True
+
+
+def train_metrics(job: Job) -> tuple[float, float]:
+    """Mean loss and accuracy in percent of the epoch so far, over all ranks."""
+    images, loss, correct = sum_over_ranks([job.tally[key] for key in ("images", "loss", "correct")], job.device)
+    return loss / images, 100 * correct / images
+
+
+@torch.no_grad()
+def evaluate(job: Job) -> dict[str, float]:
+    """Mean loss and top-1 and top-5 accuracy in percent over the test images of all ranks, each counted once."""
+    average_buffers(job.net.model)
+    job.net.eval()
+    loss, correct, correct5, images = 0.0, 0, 0, 0
+    for x, y, _ in job.test_batches():
+        with job.precision():
+            logits = job.net(x)
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+        top5 = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+        correct += int(top5[:, 0].sum())
+        correct5 += int(top5.sum())
+        images += len(y)
+    loss, correct, correct5, images = sum_over_ranks([loss, correct, correct5, images], job.device)
+    return {
+        "test_loss": loss / images,
+        "test_accuracy": 100 * correct / images,
+        "test_top5_accuracy": 100 * correct5 / images,
+    }
+
+
+def epoch_row(job: Job, learning_rates: dict[str, float | None]) -> dict[str, float | None]:
+    """Evaluate a finished epoch, print its line on rank 0, and return its row of metrics.csv; accuracies in percent."""
+    train_loss, train_accuracy = train_metrics(job)
+    row = {"epoch": job.epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy}
+    row |= evaluate(job) | learning_rates | {"seconds": job.tally["seconds"]}
+    angles: dict[str, dict[str, float]] = {}
+    if rank() == 0:
+        with job.precision():
+            angles = alignment(job.net.train(), *job.probe)
+    row |= {f"{key}_{point}": value for point, values in angles.items() for key, value in values.items()}
+    if rank() == 0:
+        degrees = " ".join(f"{point} {values['alignment_deg']:.1f}" for point, values in angles.items())
+        print(
+            f"epoch {job.epoch + 1}/{job.epochs}: train loss {train_loss:.4f}, accuracy {train_accuracy:.2f} %; "
+            f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2f} %; "
+            f"angle to BP in degrees {degrees}; {row['seconds']:.0f} s",
+            flush=True,
+        )
+    return row
+
+
+def is_sound(job: Job) -> bool:
+    """Whether weights, B and the last test loss are finite."""
+    finite = all(bool(parameter.isfinite().all()) for parameter in job.net.parameters())
+    return finite and (not job.rows or math.isfinite(job.rows[-1]["test_loss"]))
+
+
+def fit(job: Job) -> int:
+    """Train to `job.epochs`. Leave checkpoints, metrics.csv and TensorBoard events in the job's folder.
+
+    Returns:
+        The exit status: 0, 1 where the loss is not finite or the folder cannot be written to, or 128 + the signal that
+        stopped the run.
+    """
+    try:
+        with stop_on_signal() as stop:
+            train(job, stop)
+    except NonFiniteLossError as error:
+        print(f"{error}; the last good state is in {job.folder}. Try a lower --lr", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"cannot write to {job.folder}: {error}", file=sys.stderr)
+        return 1
+    if job.epoch < job.epochs:
+        if rank() == 0:
+            where = f"epoch {job.epoch + 1}, step {job.tally['step']}"
+            print(f"stopped at {where}; go on with: {job.command}", file=sys.stderr)
+        return 128 + (stop.signal or signal.SIGTERM)
+    if rank() == 0:
+        accuracy = job.rows[-1]["test_accuracy"]
+        print(f"test accuracy {accuracy:.2f} % after {job.epoch} epochs; see {job.folder}")
+    return 0
+
+
+def train(job: Job, stop: StopRequest) -> None:
+    """Train epoch by epoch until the last one or a stop request.
+
+    Raises:
+        NonFiniteLossError: with the last good state saved.
+        OSError: a file cannot be written.
+    """
+    purge_step = job.epoch * job.steps + job.tally["step"] + 1
+    writer = SummaryWriter(job.folder, purge_step=purge_step) if rank() == 0 else None
+    with contextlib.closing(writer) if writer else contextlib.nullcontext():
+        save(job)
+        while job.epoch < job.epochs:
+            learning_rates = job.set_learning_rates(job.epoch + 1)
+            finished = train_epoch(job, stop, writer)
+            if finished:
+                job.rows.append(epoch_row(job, learning_rates))
+            if not is_sound(job):
+                raise NonFiniteLossError(f"weights or test loss are not finite after epoch {job.epoch + 1}: stopped")
+            if finished:
+                job.epoch, job.tally = job.epoch + 1, new_tally()
+                if writer is not None:
+                    write_metrics(job.folder / "metrics.csv", job.rows)
+                    for key, value in job.rows[-1].items():
+                        if value is not None:
+                            writer.add_scalar(f"epoch/{key}", value, job.epoch * job.steps)
+            save(job)
+            if not finished:
+                break
