@@ -1,0 +1,56 @@
+"""What each rank of tests/test_distributed.py runs; a module of its own, so that spawned processes can import it."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from feedback import DirectFeedback
+
+POINTS = ("0", "2")
+
+
+def make_net(rule, options):
+    """A conv net with BatchNorm in eval mode, as the equality of many ranks and one needs it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(64, 7), nn.ReLU()),
+        nn.Linear(7, 3),
+    ).double()
+    net = DirectFeedback(model, POINTS, rule, torch.zeros(1, 3, 6, 6, dtype=torch.float64), **options)
+    model[0][1].eval()
+    return net
+
+
+def train(net, train_net, rank, world, steps):
+    """SGD on this rank's share of the same global batches of 6 and, in every third step, 5 images."""
+    learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learned, 0.1, momentum=0.9, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        images = 5 if step % 3 == 2 else 6
+        x = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (images,), generator=generator)
+        mine = slice(images * rank // world, images * (rank + 1) // world)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(train_net(x[mine]), y[mine])
+        (loss * (len(y[mine]) * world / images)).backward()
+        optimizer.step()
+
+
+def run(rank, world, port, modes, steps, folder):
+    """Train each mode as `rank` under DistributedDataParallel; write the state dicts to `folder`."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    for name, (rule, options) in modes.items():
+        net = make_net(rule, options)
+        train(net, DistributedDataParallel(net), rank, world, steps)
+        torch.save(net.state_dict(), f"{folder}/{name}-{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,291 @@
+"""alexnet/main.py: its command line, and (slow, as CI runs them) jobs of several processes from start to end."""
+
+import csv
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import AlexNet
+from training import images
+from training.synthetic import synthetic_images
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def alexnet():
+    """alexnet/main.py as a module."""
+    spec = importlib.util.spec_from_file_location("alexnet_main", ROOT / "alexnet" / "main.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the command line
+
+
+def test_the_originals_command_line_parses(alexnet):
+    line = "-a alexnet --dist-url tcp://127.0.0.1:8080 --dist-backend gloo --multiprocessing-distributed --world-size 1"
+    args, _ = alexnet.parse_arguments(
+        [*line.split(), "--rank", "0", "DATA", "--dataset", "cifar100", "--train-mode", "DFA"]
+    )
+    assert (args.data, args.epochs, args.batch_size, args.lr, args.momentum, args.wd) == (
+        "DATA",
+        90,
+        256,
+        0.1,
+        0.9,
+        1e-4,
+    )
+    args, _ = alexnet.parse_arguments([])
+    assert (args.data, args.train_mode, args.b_lr, args.b_wd, args.gamma) == ("data", "DKP", 0.01, 1e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dist-backend nccl", "nccl needs a GPU"),
+        ("--image-size 32", "got 32, expected 63 or more"),
+        ("-b 3 --multiprocessing-distributed --nprocs-per-node 2", "expected 2 or more for each of 2 processes"),
+        ("--nprocs-per-node 2", "needs --multiprocessing-distributed"),
+        ("--world-size 2 --rank 0", "needs --dist-url"),
+        ("--world-size 2 --dist-url tcp://127.0.0.1:1 --rank 2", "got 2, expected 0 to 1"),
+        ("--gpu 5", "there are 0 GPUs"),
+        ("--momentum 1", "expected less than 1"),
+        ("-e", "needs --resume"),
+        ("--start-epoch 90", "expected less than --epochs 90"),
+        ("--pretrained", "unrecognized"),
+        ("--train-mode BP --gamma 0.5", "needs --train-mode DKP, got BP"),
+        ("--resume nowhere", "cannot read checkpoint"),
+    ],
+)
+def test_bad_command_lines_are_refused(alexnet, capsys, monkeypatch, line, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as exit_:
+        alexnet.parse_arguments(line.split())
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+# --- the net and its data
+
+
+def test_alexnet_has_the_originals_shapes():
+    net = AlexNet(100)
+    shapes = {}
+    for point in net.points:
+        net.get_submodule(point).register_forward_hook(lambda m, i, h, point=point: shapes.__setitem__(point, h.shape))
+    assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 100)
+    expected = [(64, 27, 27), (192, 13, 13), (384, 13, 13), (256, 13, 13), (9216,), (4096,), (4096,)]
+    assert [tuple(shape[1:]) for shape in shapes.values()] == expected
+    assert net.eval()(torch.zeros(1, 3, AlexNet.smallest_image, AlexNet.smallest_image)).shape == (1, 100)
+
+
+def as_world(monkeypatch, rank, world):
+    monkeypatch.setattr(images, "rank", lambda: rank)
+    monkeypatch.setattr(images, "world_size", lambda: world)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_same_global_batches_and_crops(monkeypatch, data_set, world):
+    source = images.cifar_source(data_set, 64, 12, 1, 4)
+    alone = [(x.clone(), y, n) for x, y, n in source.train_batches(1, 0)]
+    shares = []
+    for rank in range(world):
+        as_world(monkeypatch, rank, world)
+        shares.append([(x.clone(), y, n) for x, y, n in source.train_batches(1, 0)])
+    assert len(alone) == 4 and [len(share) for share in shares] == [4 if world == 2 else 3] * world
+    for batch, parts in zip(alone, zip(*shares, strict=True), strict=False):
+        assert all(n == batch[2] for _, _, n in parts)
+        torch.testing.assert_close(torch.cat([x for x, _, _ in parts]), batch[0])
+        assert torch.equal(torch.cat([y for _, y, _ in parts]), batch[1])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_every_test_image_counts_once(monkeypatch, data_set, world):
+    source = images.cifar_source(data_set, 64, 12, 1, 4)
+    seen = []
+    for rank in range(world):
+        as_world(monkeypatch, rank, world)
+        seen += [image for x, _, _ in source.test_batches() for image in x.mean((1, 2, 3)).tolist()]
+    as_world(monkeypatch, 0, 1)
+    expected = [image for x, _, _ in source.test_batches() for image in x.mean((1, 2, 3)).tolist()]
+    assert len(seen) == 20 and np.allclose(sorted(seen), sorted(expected), atol=1e-5)
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_crops(data_set):
+    source = images.cifar_source(data_set, 64, 12, 1, 4)
+    whole = [x.clone() for x, _, _ in source.train_batches(2, 0)]
+    rest = [x.clone() for x, _, _ in source.train_batches(2, 24)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    other = next(source.train_batches(3, 0))[0]
+    assert not torch.equal(whole[0], other)
+
+
+def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (80, 90, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    make = lambda: images.folder_source(tmp_path, 64, 4, 1, 2, 0, torch.device("cpu"))  # noqa: E731
+    source = make()
+    assert (source.num_classes, source.train_images, source.probe[0].shape) == (2, 12, (2, 3, 64, 64))
+    whole = list(source.train_batches(1, 0))
+    assert [n for _, _, n in whole] == [4, 4, 4] and whole[0][0].shape == (4, 3, 64, 64)
+    assert -1 <= whole[0][0].min() < whole[0][0].max() <= 1
+    (x, y, _), *_ = make().train_batches(1, 8)
+    assert torch.equal(x, whole[2][0]) and torch.equal(y, whole[2][1])
+    as_world(monkeypatch, 1, 2)
+    (x, y, n), *_ = make().train_batches(1, 0)
+    assert n == 4 and torch.equal(x, whole[0][0][2:]) and torch.equal(y, whole[0][1][2:])
+    assert sum(len(y) for _, y, _ in make().test_batches()) == 3
+    (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
+    with pytest.raises(ValueError, match="not the same"):
+        make()
+    with pytest.raises(ValueError, match="cannot read an ImageNet folder"):
+        images.folder_source(tmp_path / "nowhere", 64, 4, 1, 2, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def data_set():
+    from training.data import checked_set
+
+    return checked_set("cifar100", "made for the test", 100, synthetic_images(100, 40, 20))
+
+
+# --- jobs of several processes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """tmp_path, with a tiny cifar100.npz in it."""
+    arrays = {key: value.numpy() for key, value in synthetic_images(100, 48, 20).items()}
+    np.savez(tmp_path / "cifar100.npz", **arrays)
+    return tmp_path
+
+
+def command(folder, *flags, torchrun=()):
+    start = [sys.executable, "-m", "torch.distributed.run", *torchrun] if torchrun else [sys.executable]
+    script = [str(ROOT / "alexnet" / "main.py"), str(folder), "--image-size", "64", "-b", "8", "--lr", "0.01"]
+    return [*start, *script, *(str(flag) for flag in flags)]
+
+
+def start(folder, *flags, torchrun=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command(folder, *flags, torchrun=torchrun),
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process, status=0, timeout=300):
+    out, error = process.communicate(timeout=timeout)
+    assert process.returncode == status, out + error
+    return out, error
+
+
+def net_of(run):
+    state = torch.load(run / "checkpoint.pth.tar", weights_only=True, mmap=True)
+    return state["net"], state["optimizers"]
+
+
+def assert_same_nets(one, other):
+    (net, optimizers), (other_net, other_optimizers) = net_of(one), net_of(other)
+    assert all(torch.equal(value, other_net[name]) for name, value in net.items())
+    for mine, theirs in zip(optimizers, other_optimizers, strict=True):
+        for index, state in mine["state"].items():
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(theirs["state"][index][k])) for k, v in state.items()
+            )
+
+
+TWO = ("--multiprocessing-distributed", "--nprocs-per-node", 2)
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_exactly_evaluate_and_go_on_in_another_world(folder):
+    finish(start(folder, *TWO, "--epochs", 2, "--out", folder / "straight"))
+    finish(start(folder, *TWO, "--epochs", 1, "--out", folder / "halves"))
+    finish(start(folder, *TWO, "--epochs", 2, "--resume", folder / "halves"))
+    assert_same_nets(folder / "straight", folder / "halves")
+    with open(folder / "halves" / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    for world in ((), TWO):
+        out, _ = finish(start(folder, *world, "-e", "--resume", folder / "halves" / "checkpoint.pth.tar"))
+        assert f"test accuracy {float(last['test_accuracy']):.2f} % top-1" in out
+    assert (folder / "halves" / "model_best.pth.tar").exists()
+    finish(start(folder, "--epochs", 3, "-b", 16, "--resume", folder / "halves"))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_outcome_is_the_same(folder):
+    torchrun = ("--nproc-per-node", "2", "--max-restarts", "3", "--master-port", "0")
+    flags = ("--b-update", "inplace", "--b-lr", 0.01, "--epochs", 3)
+    finish(start(folder, *flags, "--out", folder / "whole", torchrun=torchrun))
+    process = start(folder, *flags, "--out", folder / "killed", torchrun=torchrun)
+    deadline = time.time() + 120
+    while not (folder / "killed" / "metrics.csv").exists():  # the first epoch is done, the second under way
+        assert time.time() < deadline
+        time.sleep(0.05)
+    (victim,) = [pid for pid in children(process.pid) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signal.SIGKILL)
+    finish(process)
+    assert "resumed" in (folder / "killed" / "config.json").read_text()
+    assert_same_nets(folder / "whole", folder / "killed")
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_job_of_two_with_a_checkpoint(folder):
+    process = start(folder, *TWO, "--epochs", 50, "--out", folder / "run")
+    deadline = time.time() + 120
+    while not (folder / "run" / "metrics.csv").exists():
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = finish(process, status=128 + signal.SIGTERM, timeout=60)
+    assert "stopped at epoch" in error and f"--resume {folder / 'run'}" in error
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_the_job_with_its_error_on_top():
+    began = time.time()
+    worker = [sys.executable, str(ROOT / "tests" / "failing_worker.py")]
+    result = subprocess.run(worker, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and time.time() - began < 60
+    assert result.stderr.splitlines()[0] == "error: process 1 failed: ValueError: boom in rank 1"
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_or_silent_does_not_hang(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        _, error = finish(start(folder, *TWO, "--dist-url", url, "--dist-timeout", 5), status=1, timeout=90)
+        assert f"could not join at {url}" in error
+        lonely = ("--world-size", 2, "--rank", 1, "--dist-url", url, "--dist-timeout", 5)
+        _, error = finish(start(folder, *lonely), status=1, timeout=90)
+        assert f"rank 1 of 2 could not join at {url}" in error

@@ -1,0 +1,43 @@
+"""Several gloo ranks are one process with all the images; B is the same on all of them."""
+
+import pytest
+import torch
+from distributed_worker import make_net, run, train
+from torch import multiprocessing
+
+from training.launch import free_port
+
+MODES = {
+    "BP": ("BP", {}),
+    "DFA": ("DFA", {}),
+    "DKP-optimizer": ("DKP", {}),
+    "DKP-inplace": ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}),
+}
+
+
+WORLD, STEPS = 2, 20
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The state dict of every mode and rank, by mode; two processes train them all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    args = (WORLD, free_port(), MODES, STEPS, str(folder))
+    multiprocessing.start_processes(run, args, nprocs=WORLD, start_method="spawn")
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)] for name in MODES
+    }
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_two_ranks_equal_one_process(name, trained):
+    rule, options = MODES[name]
+    alone = make_net(rule, options)
+    start = {key: value.clone() for key, value in alone.state_dict().items()}
+    train(alone, alone, 0, 1, STEPS)
+    first, second = trained[name]
+    for key, value in alone.state_dict().items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value)
+        fixed = ".1.running" in key or ".1.num" in key or (rule == "DFA" and key.startswith("feedback"))
+        assert torch.equal(start[key], value) == fixed, key
