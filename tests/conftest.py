@@ -1,5 +1,8 @@
 """What several test files need."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -19,3 +22,14 @@ def data_folder(tmp_path, cifar10_arrays):
     folder.mkdir()
     np.savez(folder / "cifar10.npz", **cifar10_arrays)
     return folder
+
+
+@pytest.fixture(scope="session")
+def alexnet():
+    """alexnet/main.py as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "alexnet_main", Path(__file__).resolve().parent.parent / "alexnet" / "main.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,7 +1,6 @@
 """alexnet/main.py: its command line, and (slow, as CI runs them) jobs of several processes from start to end."""
 
 import csv
-import importlib.util
 import os
 import signal
 import socket
@@ -19,15 +18,6 @@ from training import images
 from training.synthetic import synthetic_images
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def alexnet():
-    """alexnet/main.py as a module."""
-    spec = importlib.util.spec_from_file_location("alexnet_main", ROOT / "alexnet" / "main.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- the command line
@@ -238,7 +228,7 @@ def test_two_ranks_resume_exactly_evaluate_and_go_on_in_another_world(folder):
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_outcome_is_the_same(folder):
-    torchrun = ("--nproc-per-node", "2", "--max-restarts", "3", "--master-port", "0")
+    torchrun = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
     flags = ("--b-update", "inplace", "--b-lr", 0.01, "--epochs", 3)
     finish(start(folder, *flags, "--out", folder / "whole", torchrun=torchrun))
     process = start(folder, *flags, "--out", folder / "killed", torchrun=torchrun)

@@ -22,7 +22,9 @@ def test_every_command_of_main_parses():
         main.parse_arguments(shlex.split(command))
 
 
-def test_every_flag_is_explained():
-    flags = {flag for action in main.make_parser()._actions for flag in action.option_strings} - {"-h", "--help"}
-    table = README.partition("## Flags of main.py")[2].partition("\n## ")[0]
-    assert set(re.findall(r"`(--[a-z-]+)", table)) == flags
+def test_every_flag_is_explained(alexnet):
+    for heading, parser in (("## Flags of main.py", main.make_parser()), ("## AlexNet, in one", alexnet.make_parser())):
+        flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
+        section = README.partition(heading)[2].partition("\n## ")[0]
+        rows = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+        assert {flag for row in rows for flag in re.findall(r"`(-[a-z-]+)`", row)} == flags

@@ -1,9 +1,11 @@
 """Start one process or many: by hand, through torch.multiprocessing, or found started by torchrun."""
 
+import logging
 import os
 import signal
 import socket
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
@@ -79,6 +81,7 @@ def launch(args: Namespace, worker: Worker) -> int:
     url = args.dist_url or f"tcp://127.0.0.1:{free_port()}"
     first = max(0, args.rank) * count
     job = (args, worker, first, nodes * count, url)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the first error comes first
     processes = multiprocessing.start_processes(spawned, job, nprocs=count, join=False, start_method="spawn")
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -116,12 +119,29 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
     device = device_of(local_rank)
     backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(seconds=args.dist_timeout)
-    try:
-        dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+
+    def give_up(reason: str) -> None:
         print(f"error: rank {rank} of {world_size} could not join at {url}: {reason}", file=sys.stderr, flush=True)
+
+    def give_up_and_end() -> None:
+        give_up(f"no answer within {args.dist_timeout} s")
+        os._exit(1)
+
+    # a port whose owner accepts and says nothing holds torch for longer than its own timeout
+    watchdog = threading.Timer(args.dist_timeout + 2, give_up_and_end)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        store, rank, world_size = next(dist.rendezvous(url, rank, world_size, timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun on one node may keep its store over a restart: do not meet the addresses of the dead in it
+            store = dist.PrefixStore(f"restart{restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        give_up(str(error).splitlines()[0])
         return 1
+    finally:
+        watchdog.cancel()
     status = worker(args, device)
     dist.destroy_process_group()
     return status
