@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -185,6 +186,8 @@ def work(args: Namespace, device: torch.device) -> int:
     torch.manual_seed(args.seed + rank())  # dropout: another mask on every rank
     train_net = net
     if world_size() > 1:
+        # (torch 2.6 has no other name for broadcast_buffers.)
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         # BatchNorm normalises by each rank's own batch; its running statistics are averaged before they are used
         train_net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:

@@ -25,13 +25,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU; its tensors stay in the file until they are used.
 
     Raises:
         ValueError: there is no such file, or it is not a whole checkpoint.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file leads the unpickler to
         raise ValueError(f"cannot read checkpoint {path}: {str(error) or type(error).__name__}") from error
     fits = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in CONTENT.items())

@@ -222,7 +222,8 @@ def epoch_row(job: Job, learning_rates: dict[str, float | None]) -> dict[str, fl
         print(
             f"epoch {job.epoch + 1}/{job.epochs}: train loss {train_loss:.4f}, accuracy {train_accuracy:.2f} %; "
             f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2f} %; "
-            f"angle to BP in degrees {degrees}; {row['seconds']:.0f} s",
+            f"angle to BP in degrees {degrees}; {row['seconds']:.0f} s, "
+            f"{job.tally['seen'] / row['seconds']:.0f} images/s",
             flush=True,
         )
     return row
