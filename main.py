@@ -27,8 +27,8 @@ from training.arguments import (
     seed,
 )
 from training.checkpoint import save_checkpoint
-from training.data import batches, epoch_order, load_images, normalise
-from training.loop import Batches, Job, fit, restore
+from training.data import Batches, batches, epoch_order, load_images, normalise
+from training.loop import Job, fit, restore
 from training.run import make_run_folder, write_config
 from training.setup import make_optimizers, set_learning_rates, wrap
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         name = f"{args.dataset}-{args.train_mode}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = Path(args.resume or args.out or f"runs/{name}")
         if checkpoint is None:
-            make_run_folder(run)
+            make_run_folder(run, "checkpoint.pt")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def train_batches(epoch: int, seen: int) -> Batches:
         order = epoch_order(images, args.seed, epoch)[seen:].to(device)
-        return itertools.islice(batches(data.x_train, data.y_train, args.batch_size, order), limit)
+        return batches(data.x_train, data.y_train, args.batch_size, order)
 
     def test_batches() -> Batches:
         return itertools.islice(batches(data.x_test, data.y_test, args.test_batch_size), limit)
@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         write_config(run, vars(args), data.source, device)
     except (ValueError, OSError) as error:
         parser.error(f"{run}: {error}")
+    del checkpoint
     print(f"{args.train_mode} on {data.source}, {device}; run folder {run}", flush=True)
     status = fit(job)
     if status == 0 and args.save_model:

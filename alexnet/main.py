@@ -5,6 +5,7 @@ Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignme
 """
 
 import functools
+import itertools
 import math
 import os
 import sys
@@ -34,7 +35,7 @@ from training.arguments import (
 from training.checkpoint import load_checkpoint
 from training.data import load_images
 from training.distributed import barrier, gather, rank, world_size
-from training.images import Source, cifar_source, folder_source, limited
+from training.images import Source, cifar_source, folder_source
 from training.launch import check, launch, processes_per_node, restarts, under_torchrun
 from training.loop import Job, evaluate, fit, restore
 from training.run import make_run_folder, write_config
@@ -44,7 +45,7 @@ CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT = ("arch", "train_mode", "dataset", "b_update", "seed", "image_size")
 # not of the experiment, so not in the checkpoint
-OF_THE_RUN = {"out", "resume", "evaluate", "start_epoch", "workers", "compile"}
+OF_THE_RUN = {"out", "resume", "evaluate", "start_epoch", "workers", "compile", "limit_batches"}
 OF_THE_PROCESSES = {"world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "gpu", "nprocs_per_node"}
 NOT_KEPT = OF_THE_RUN | OF_THE_PROCESSES | {"multiprocessing_distributed"}
 
@@ -78,7 +79,13 @@ def make_parser() -> Parser:
     add("--limit-batches", type=positive_int, metavar="N", help="train on the first N batches of an epoch, test on N")
     add("--seed", type=seed, default=1, help="of weights, B, data order and crops (default: 1)")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help="steps between logs (default: 10)")
-    add("-j", "--workers", type=nonnegative_int, metavar="N", help="DataLoader workers, imagenet only (default: 4)")
+    add(
+        "-j",
+        "--workers",
+        type=nonnegative_int,
+        metavar="N",
+        help="DataLoader workers of the node, imagenet only (default: 4)",
+    )
     add("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test set and end")
     add("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/alexnet-DATASET-MODE-SEED-TIME)")
     add("--resume", type=folder, metavar="RUN", help="continue from this run's folder, or from a checkpoint file in it")
@@ -99,14 +106,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[Namespace, Parser]:
+def parse_arguments(argv: list[str] | None) -> Namespace:
     """Parse and check the command line. After torchrun has restarted the job, it resumes from its own checkpoint."""
     parser = make_parser()
-    if restarts() > 0:
-        argv = list(sys.argv[1:] if argv is None else argv)
-        run = run_folder(parser.parse_args(argv))
-        if (run / CHECKPOINT).exists():
-            argv += ["--resume", str(run)]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asked = parser.parse_args(argv) if restarts() > 0 else None
+    resumed_by_itself = asked is not None and not asked.evaluate and (run_folder(asked) / CHECKPOINT).exists()
+    if resumed_by_itself:
+        argv += ["--resume", str(run_folder(asked)), "--start-epoch", "0"]
     args, checkpoint = parse_run_arguments(parser, argv, CHECKPOINT, "AlexNet", FIXED_BY_THE_CHECKPOINT)
     check(args, parser)
     if args.momentum >= 1:
@@ -122,10 +129,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, Parser]:
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch: got {args.start_epoch}, expected less than --epochs {args.epochs}")
     if checkpoint is not None and checkpoint["epoch"] >= args.epochs and not args.evaluate:
-        parser.error(f"the run in {args.resume} has done its {checkpoint['epoch']} epochs: raise --epochs to go on")
+        done = f"the run in {args.resume} has done its {checkpoint['epoch']} epochs"
+        if resumed_by_itself:
+            parser.exit(0, f"{done}\n")
+        parser.error(f"{done}: raise --epochs to go on")
     if args.batch_size < 2 * processes_per_node(args):
         parser.error(f"-b: got {args.batch_size}, expected 2 or more for each of {processes_per_node(args)} processes")
-    return args, parser
+    return args
 
 
 def run_folder(args: Namespace) -> Path:
@@ -141,15 +151,20 @@ def run_folder(args: Namespace) -> Path:
     return Path(args.out or f"runs/{name}")
 
 
+def global_batch_size(args: Namespace) -> int:
+    """Images per step of all the processes of all nodes."""
+    return args.batch_size * world_size() // processes_per_node(args)
+
+
 def load_source(args: Namespace, device: torch.device) -> Source:
     """Find, fetch or make the data; on every node one process goes first, so that it alone fetches.
 
     Raises:
         ValueError, OSError: there are none, or they cannot be read.
     """
-    batch_size = args.batch_size * world_size() // processes_per_node(args)
+    batch_size = global_batch_size(args)
     if args.dataset == "imagenet":
-        workers = 4 if args.workers is None else args.workers
+        workers = math.ceil((4 if args.workers is None else args.workers) / processes_per_node(args))
         return folder_source(Path(args.data), args.image_size, batch_size, args.seed, PROBE_IMAGES, workers, device)
     first = int(os.environ.get("LOCAL_RANK", rank() % processes_per_node(args))) == 0
     data = load_images(args.dataset, args.data, "cifar100", 100) if first else None
@@ -161,7 +176,7 @@ def load_source(args: Namespace, device: torch.device) -> Source:
 
 def work(args: Namespace, device: torch.device) -> int:
     """What every process does: data, net, optimisers, and the loop. Return its exit status."""
-    run = run_folder(args)
+    run = Path(gather(str(run_folder(args)))[0])  # where it is named by the time, rank 0's
     checkpoint = None
     try:
         source = load_source(args, device)
@@ -169,8 +184,10 @@ def work(args: Namespace, device: torch.device) -> int:
         if args.resume is not None:
             path = Path(args.resume)
             checkpoint = load_checkpoint(path if path.is_file() else path / CHECKPOINT)
+        if len(set(gather((source.fingerprint, checkpoint and checkpoint["epoch"])))) > 1:
+            raise ValueError("the processes see other data or checkpoints than each other: are the folders shared?")
         if rank() == 0 and checkpoint is None:
-            make_run_folder(run)
+            make_run_folder(run, CHECKPOINT)
     except (ValueError, OSError) as error:
         make_parser().error(str(error))
     barrier()
@@ -192,14 +209,14 @@ def work(args: Namespace, device: torch.device) -> int:
         train_net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:
         net.compile()
-    steps = math.ceil(source.train_images / (args.batch_size * world_size() // processes_per_node(args)))
+    steps = math.ceil(source.train_images / global_batch_size(args))
     job = Job(
         net=net,
         train_net=train_net,
         optimizers=optimizers,
         set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers),
-        train_batches=lambda epoch, seen: limited(source.train_batches(epoch, seen), args.limit_batches),
-        test_batches=lambda: limited(source.test_batches(), args.limit_batches),
+        train_batches=source.train_batches,
+        test_batches=lambda: itertools.islice(source.test_batches(), args.limit_batches),
         probe=source.probe,
         train_images=source.train_images,
         steps=min(steps, args.limit_batches or steps),
@@ -228,16 +245,20 @@ def work(args: Namespace, device: torch.device) -> int:
             top1, top5 = metrics["test_accuracy"], metrics["test_top5_accuracy"]
             print(f"test accuracy {top1:.2f} % top-1, {top5:.2f} % top-5; loss {metrics['test_loss']:.4f}")
         return 0
+    del checkpoint
     if rank() == 0:
         world = f"{world_size()} process{'es' if world_size() > 1 else ''}"
-        print(f"{args.train_mode} on {source.where}, {device}, {world}; run folder {run}", flush=True)
+        print(
+            f"{args.train_mode} on {source.where}, {device}, {world}; run folder {run}, "
+            f"from epoch {job.epoch}, step {job.tally['step']}",
+            flush=True,
+        )
     return fit(job)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the job's exit status."""
-    args, _ = parse_arguments(argv)
-    return launch(args, work)
+    return launch(parse_arguments(argv), work)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from feedback import DirectFeedback
+from training.loop import Job, train_epoch, train_metrics
+from training.run import StopRequest
 
 POINTS = ("0", "2")
 
@@ -30,20 +31,39 @@ def make_net(rule, options):
     return net
 
 
-def train(net, train_net, rank, world, steps):
-    """SGD on this rank's share of the same global batches of 6 and, in every third step, 5 images."""
+def train(net, train_net, rank, world, steps, folder):
+    """An epoch of training/loop.py on this rank's share of the same batches of 6 and, in every third step, 5 images."""
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(learned, 0.1, momentum=0.9, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(1)
-    for step in range(steps):
-        images = 5 if step % 3 == 2 else 6
-        x = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
-        y = torch.randint(3, (images,), generator=generator)
-        mine = slice(images * rank // world, images * (rank + 1) // world)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(train_net(x[mine]), y[mine])
-        (loss * (len(y[mine]) * world / images)).backward()
-        optimizer.step()
+
+    def batches(epoch, seen):
+        net.model[0][1].eval()
+        generator = torch.Generator().manual_seed(1)
+        for step in range(steps):
+            images = 5 if step % 3 == 2 else 6
+            x = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
+            y = torch.randint(3, (images,), generator=generator)
+            mine = slice(images * rank // world, images * (rank + 1) // world)
+            yield x[mine], y[mine], images
+
+    job = Job(
+        net=net,
+        train_net=train_net,
+        optimizers=[torch.optim.SGD(learned, 0.1, momentum=0.9, weight_decay=0.01)],
+        set_learning_rates=lambda epoch: {},
+        train_batches=batches,
+        test_batches=lambda: iter(()),
+        probe=next(batches(1, 0))[:2],
+        train_images=6 * steps,
+        steps=steps,
+        epochs=1,
+        folder=folder,
+        settings={},
+        data="",
+        model_name="",
+        command="",
+    )
+    assert train_epoch(job, StopRequest(), None)
+    return train_metrics(job)
 
 
 def run(rank, world, port, modes, steps, folder):
@@ -51,6 +71,6 @@ def run(rank, world, port, modes, steps, folder):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     for name, (rule, options) in modes.items():
         net = make_net(rule, options)
-        train(net, DistributedDataParallel(net), rank, world, steps)
-        torch.save(net.state_dict(), f"{folder}/{name}-{rank}.pt")
+        metrics = train(net, DistributedDataParallel(net), rank, world, steps, folder)
+        torch.save({"net": net.state_dict(), "metrics": metrics}, f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_originals_command_line_parses(alexnet):
     line = "-a alexnet --dist-url tcp://127.0.0.1:8080 --dist-backend gloo --multiprocessing-distributed --world-size 1"
-    args, _ = alexnet.parse_arguments(
+    args = alexnet.parse_arguments(
         [*line.split(), "--rank", "0", "DATA", "--dataset", "cifar100", "--train-mode", "DFA"]
     )
     assert (args.data, args.epochs, args.batch_size, args.lr, args.momentum, args.wd) == (
@@ -36,7 +37,7 @@ def test_the_originals_command_line_parses(alexnet):
         0.9,
         1e-4,
     )
-    args, _ = alexnet.parse_arguments([])
+    args = alexnet.parse_arguments([])
     assert (args.data, args.train_mode, args.b_lr, args.b_wd, args.gamma) == ("data", "DKP", 0.01, 1e-4, 1.0)
 
 
@@ -46,6 +47,8 @@ def test_the_originals_command_line_parses(alexnet):
         ("--dist-backend nccl", "nccl needs a GPU"),
         ("--image-size 32", "got 32, expected 63 or more"),
         ("-b 3 --multiprocessing-distributed --nprocs-per-node 2", "expected 2 or more for each of 2 processes"),
+        ("--rank 3", "--rank: needs --multiprocessing-distributed"),
+        ("--dist-url env://", "--dist-url: needs --multiprocessing-distributed"),
         ("--nprocs-per-node 2", "needs --multiprocessing-distributed"),
         ("--world-size 2 --rank 0", "needs --dist-url"),
         ("--world-size 2 --dist-url tcp://127.0.0.1:1 --rank 2", "got 2, expected 0 to 1"),
@@ -223,7 +226,10 @@ def test_two_ranks_resume_exactly_evaluate_and_go_on_in_another_world(folder):
         out, _ = finish(start(folder, *world, "-e", "--resume", folder / "halves" / "checkpoint.pth.tar"))
         assert f"test accuracy {float(last['test_accuracy']):.2f} % top-1" in out
     assert (folder / "halves" / "model_best.pth.tar").exists()
-    finish(start(folder, "--epochs", 3, "-b", 16, "--resume", folder / "halves"))
+    out, _ = finish(start(folder, "--epochs", 3, "-b", 16, "--resume", folder / "halves"))
+    assert "1 process; " in out and "from epoch 2, step 0" in out
+    with open(folder / "halves" / "metrics.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
 
 
 @pytest.mark.slow
@@ -232,15 +238,20 @@ def test_a_killed_rank_is_started_again_and_the_outcome_is_the_same(folder):
     flags = ("--b-update", "inplace", "--b-lr", 0.01, "--epochs", 3)
     finish(start(folder, *flags, "--out", folder / "whole", torchrun=torchrun))
     process = start(folder, *flags, "--out", folder / "killed", torchrun=torchrun)
-    deadline = time.time() + 120
-    while not (folder / "killed" / "metrics.csv").exists():  # the first epoch is done, the second under way
-        assert time.time() < deadline
-        time.sleep(0.05)
+    wait_for_epoch_1(folder / "killed")
     (victim,) = [pid for pid in children(process.pid) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(victim, signal.SIGKILL)
-    finish(process)
-    assert "resumed" in (folder / "killed" / "config.json").read_text()
+    out, _ = finish(process)
+    assert re.search(r"from epoch [12], step 0", out)
     assert_same_nets(folder / "whole", folder / "killed")
+
+
+def wait_for_epoch_1(run):
+    """Wait until the checkpoint of the first epoch is written: the second one is under way."""
+    deadline = time.time() + 120
+    while not (run / "model_best.pth.tar").exists():
+        assert time.time() < deadline
+        time.sleep(0.02)
 
 
 def children(pid):
@@ -248,15 +259,16 @@ def children(pid):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_job_of_two_with_a_checkpoint(folder):
-    process = start(folder, *TWO, "--epochs", 50, "--out", folder / "run")
-    deadline = time.time() + 120
-    while not (folder / "run" / "metrics.csv").exists():
-        assert time.time() < deadline
-        time.sleep(0.05)
+def test_a_job_of_two_that_sigterm_stopped_goes_on_exactly(folder):
+    flags = (*TWO, "--train-mode", "BP", "--epochs", 3)
+    finish(start(folder, *flags, "--out", folder / "straight"))
+    process = start(folder, *flags, "--out", folder / "stopped")
+    wait_for_epoch_1(folder / "stopped")
     process.send_signal(signal.SIGTERM)
     _, error = finish(process, status=128 + signal.SIGTERM, timeout=60)
-    assert "stopped at epoch" in error and f"--resume {folder / 'run'}" in error
+    assert "stopped at epoch" in error and f"--resume {folder / 'stopped'}" in error
+    finish(start(folder, *TWO, "--resume", folder / "stopped"))
+    assert_same_nets(folder / "straight", folder / "stopped")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ WORLD, STEPS = 2, 20
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The state dict of every mode and rank, by mode; two processes train them all."""
+    """The state dict and train metrics of every mode and rank, by mode; two processes train them all."""
     folder = tmp_path_factory.mktemp("ranks")
     args = (WORLD, free_port(), MODES, STEPS, str(folder))
     multiprocessing.start_processes(run, args, nprocs=WORLD, start_method="spawn")
@@ -30,12 +30,14 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_two_ranks_equal_one_process(name, trained):
+def test_two_ranks_equal_one_process(name, trained, tmp_path):
     rule, options = MODES[name]
     alone = make_net(rule, options)
     start = {key: value.clone() for key, value in alone.state_dict().items()}
-    train(alone, alone, 0, 1, STEPS)
-    first, second = trained[name]
+    loss, accuracy = train(alone, alone, 0, 1, STEPS, tmp_path)
+    for rank in trained[name]:
+        assert rank["metrics"] == pytest.approx((loss, accuracy), rel=1e-12)
+    first, second = (rank["net"] for rank in trained[name])
     for key, value in alone.state_dict().items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value)

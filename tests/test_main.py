@@ -147,11 +147,13 @@ def test_dry_run_takes_one_step(run, tmp_path):
     assert checkpoint(tmp_path / "run")["optimizers"][1]["state"][0]["step"] == 1
 
 
-def test_gamma_schedules_b_alone_and_a_resumed_lr_counts(run, tmp_path):
+def test_gamma_schedules_b_alone_and_a_resumed_runs_new_options_count(run, tmp_path):
     run("--epochs", 1, "--b-lr", 0.01, "--gamma", 0.5)
-    run("--resume", tmp_path / "run", "--epochs", 2, "--lr", 0.001)
+    run("--resume", tmp_path / "run", "--epochs", 2, "--lr", 0.001, "--wd", 0.5, "--b-wd", 0.25)
     saved = checkpoint(tmp_path / "run")
-    assert [optimizer["param_groups"][0]["lr"] for optimizer in saved["optimizers"]] == [0.001, 0.005]
+    groups = [optimizer["param_groups"][0] for optimizer in saved["optimizers"]]
+    assert [group["lr"] for group in groups] == [0.001, 0.005]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.25]
     assert saved["args"]["b_lr"] == 0.01
 
 

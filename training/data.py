@@ -26,6 +26,7 @@ from torch import Tensor
 from training.synthetic import synthetic_images
 from training.torchvision_import import import_torchvision
 
+Batches = Iterator[tuple[Tensor, Tensor, int]]  # images, labels, and the number of images of all ranks together
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 20_000, 2_000
 HOST_TIMEOUT_S = 5
@@ -294,7 +295,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, int]]:
+def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor | None = None) -> Batches:
     """Cut uint8 images and labels into normalised batches, on the device where they lie.
 
     Args:

@@ -5,22 +5,19 @@ place alone, so neither a resume nor the number of ranks changes it.
 """
 
 import hashlib
-import itertools
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.augment import centre_crops, random_crops, resize_crops
-from training.data import ImageSet, epoch_order, normalise
+from training.data import Batches, ImageSet, epoch_order, normalise
 from training.distributed import rank, world_size
 from training.torchvision_import import import_torchvision
-
-Batches = Iterator[tuple[Tensor, Tensor, int]]
 
 
 @dataclass
@@ -83,7 +80,8 @@ def cifar_source(data: ImageSet, size: int, batch_size: int, seed: int, probe_im
 
     def test_batches() -> Batches:
         x, y = data.x_test[rank() :: world_size()], data.y_test[rank() :: world_size()]
-        for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        per_rank = -(-batch_size // world_size())
+        for images, labels in zip(x.split(per_rank), y.split(per_rank), strict=True):
             yield centre_crops(normalise(images), size), labels, len(labels)
 
     spread = torch.linspace(0, images - 1, probe_images).long().to(device)
@@ -129,8 +127,14 @@ def folder_source(
         raise ValueError(f"{folder}: train/ has {len(train.classes)} classes, val/ not the same ones")
 
     def load(dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        settings: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda"}
-        loader = DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(), **settings)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            worker_init_fn=ignore_signals,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+        )
         for images, labels in loader:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -155,6 +159,7 @@ def folder_source(
     )
 
 
-def limited(batches: Batches, limit: int | None) -> Batches:
-    """At most the first `limit` batches."""
-    return itertools.islice(batches, limit)
+def ignore_signals(worker: int) -> None:
+    """Let the process that a DataLoader worker serves decide when to stop, where a signal goes to all of them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from training.arguments import Parser
+from training.arguments import Parser, flag
 
 Worker = Callable[[Namespace, torch.device], int]
 
@@ -41,22 +41,38 @@ def processes_per_node(args: Namespace) -> int:
 
 
 def check(args: Namespace, parser: Parser) -> None:
-    """Refuse launch flags that contradict each other or the machine."""
-    if args.dist_backend == "nccl" and not torch.cuda.is_available():
+    """Refuse launch flags that contradict each other or the machine, and those that would be ignored.
+
+    With --dist-url env:// and without torchrun, rank and world size come from RANK and WORLD_SIZE, as in the original.
+    """
+    if args.dist_url == "env://" and not under_torchrun() and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    given = [flag(key) for key in ("dist_url", "dist_backend", "gpu") if getattr(args, key) is not None]
+    given += [flag(key) for key in ("world_size", "rank") if getattr(args, key) != -1]
+    if args.dist_backend == "nccl" and gpus == 0:
         parser.error("--dist-backend nccl needs a GPU, and there is none: take --dist-backend gloo, or leave it out")
-    if under_torchrun() and args.multiprocessing_distributed:
-        parser.error("torchrun has started the processes: leave --multiprocessing-distributed out")
-    if args.nprocs_per_node is not None and not args.multiprocessing_distributed:
-        parser.error("--nprocs-per-node needs --multiprocessing-distributed")
-    if args.nprocs_per_node is not None and args.nprocs_per_node > torch.cuda.device_count() > 0:
-        parser.error(
-            f"--nprocs-per-node: got {args.nprocs_per_node}, expected at most {torch.cuda.device_count()} GPUs"
-        )
-    if args.gpu is not None and args.gpu >= torch.cuda.device_count():
-        parser.error(f"--gpu: got {args.gpu}, but there are {torch.cuda.device_count()} GPUs")
-    if args.gpu is not None and args.multiprocessing_distributed:
-        parser.error("--gpu does not go with --multiprocessing-distributed: every GPU has its process")
-    if args.world_size > 1 and not under_torchrun():
+    if under_torchrun():
+        if args.multiprocessing_distributed:
+            parser.error("torchrun has started the processes: leave --multiprocessing-distributed out")
+        refused = [name for name in given if name != "--dist-backend"]
+        if refused:
+            parser.error(f"{', '.join(refused)}: torchrun has said it already, leave it out")
+        return
+    if args.multiprocessing_distributed:
+        if args.gpu is not None:
+            parser.error("--gpu does not go with --multiprocessing-distributed: every GPU has its process")
+        if args.nprocs_per_node is not None and args.nprocs_per_node > gpus > 0:
+            parser.error(f"--nprocs-per-node: got {args.nprocs_per_node}, expected at most the {gpus} GPUs")
+    else:
+        if args.nprocs_per_node is not None:
+            parser.error("--nprocs-per-node needs --multiprocessing-distributed")
+        if args.gpu is not None and args.gpu >= gpus:
+            parser.error(f"--gpu: got {args.gpu}, but there are {gpus} GPUs")
+        refused = [name for name in given if name != "--gpu"]
+        if args.world_size <= 1 and refused:
+            parser.error(f"{', '.join(refused)}: needs --multiprocessing-distributed, or --world-size above 1")
+    if args.world_size > 1:
         if args.dist_url is None:
             parser.error("--world-size above 1 needs --dist-url tcp://HOST:PORT, an address of the machine of rank 0")
         if not 0 <= args.rank < args.world_size:
@@ -109,7 +125,10 @@ def launch(args: Namespace, worker: Worker) -> int:
 
 def spawned(local_rank: int, args: Namespace, worker: Worker, first: int, world_size: int, url: str) -> None:
     """What each process of `start_processes` runs."""
-    status = join_and_work(args, worker, local_rank, first + local_rank, world_size, url)
+    try:
+        status = join_and_work(args, worker, local_rank, first + local_rank, world_size, url)
+    except KeyboardInterrupt:  # which torch would take for success
+        status = 128 + signal.SIGINT
     if status != 0:
         sys.exit(status)
 

@@ -4,6 +4,7 @@ Shapes: N images of a rank's batch, K classes.
 """
 
 import contextlib
+import itertools
 import math
 import signal
 import sys
@@ -21,10 +22,9 @@ from tqdm import tqdm
 
 from feedback import DirectFeedback, alignment
 from training.checkpoint import rng_state, save_checkpoint, set_rng_state
+from training.data import Batches
 from training.distributed import average_buffers, barrier, gather, rank, sum_over_ranks, world_size
 from training.run import StopRequest, stop_on_signal, write_metrics
-
-Batches = Iterator[tuple[Tensor, Tensor, int]]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Job:
     train_batches: (epoch, images of it that all ranks have seen) to this rank's rest of the epoch, as images (N, ...),
         labels (N,) and the number of images of all ranks together; as many batches on every rank.
     test_batches: to this rank's share of the test images. probe: images and labels to measure the angles on.
-    train_images, steps: of an epoch, all ranks together.
+    train_images, steps: of an epoch, all ranks together; an epoch ends after that many steps, even with batches left.
     settings: the script's arguments, plain data, kept in the checkpoint. data: a fingerprint of the training data.
     command: the line that resumes the run.
     """
@@ -80,8 +80,12 @@ def new_tally() -> dict[str, Any]:
 
 
 def save(job: Job) -> None:
-    """Write the job's checkpoint from rank 0: net with B, optimisers, metrics, each rank's random numbers and sums."""
-    ranks = gather({"rng": rng_state(), "tally": job.tally})
+    """Write the checkpoint from rank 0: net with B, optimisers, metrics; of each rank sums, buffers, random state.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    ranks = gather({"rng": rng_state(), "tally": job.tally, "buffers": dict(job.net.model.named_buffers())})
     if rank() == 0:
         state = {"model": job.model_name, "args": job.settings, "data": job.data, "ranks": ranks}
         state |= {"epoch": job.epoch, "rows": job.rows}
@@ -103,8 +107,9 @@ def restore(job: Job, checkpoint: dict[str, Any]) -> None:
         raise ValueError("the checkpoint's run had other training images, labels, or another order of them")
     try:
         job.net.load_state_dict(checkpoint["net"])
-        for optimizer, state in zip(job.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        for optimizer, saved in zip(job.optimizers, checkpoint["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]  # with the options of this command line
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         restore_ranks(job, checkpoint["ranks"])
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the checkpoint does not fit: {error}") from error
@@ -112,7 +117,13 @@ def restore(job: Job, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_ranks(job: Job, saved: list[dict[str, Any]]) -> None:
-    """Put back each rank's random numbers and sums."""
+    """Put back each rank's random numbers, sums, and buffers (BatchNorm's running statistics)."""
+    buffers = dict(job.net.model.named_buffers())
+    mine = [saved[rank()]] if len(saved) == world_size() else saved
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            values = [other["buffers"][name] for other in mine]
+            buffer.copy_(values[0] if len(values) == 1 else torch.stack(values).double().mean(0))
     if len(saved) == world_size():
         set_rng_state(saved[rank()]["rng"])
         job.tally = saved[rank()]["tally"]
@@ -121,6 +132,19 @@ def restore_ranks(job: Job, saved: list[dict[str, Any]]) -> None:
             key: sum(other["tally"][key] for other in saved) if rank() == 0 else 0
             for key in ("images", "loss", "correct")
         }
+
+
+class WriteError(Exception):
+    """The run's folder cannot be written to."""
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Within, an OSError becomes a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(str(error)) from error
 
 
 class NonFiniteLossError(Exception):
@@ -145,7 +169,8 @@ def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bo
         disable=None if rank() == 0 else True,
     )
     with bar:
-        for x, y, together in job.train_batches(job.epoch + 1, tally["seen"]):
+        left = job.steps - tally["step"]
+        for x, y, together in itertools.islice(job.train_batches(job.epoch + 1, tally["seen"]), left):
             for optimizer in job.optimizers:
                 optimizer.zero_grad()
             with job.precision():
@@ -172,8 +197,9 @@ def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bo
             if tally["step"] % job.log_interval == 0:
                 train_loss, accuracy = train_metrics(job)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
+                (step_loss,) = sum_over_ranks([loss_value * len(y) / together], job.device)
                 if writer is not None:
-                    writer.add_scalar("step/train_loss", loss_value, job.epoch * job.steps + tally["step"])
+                    writer.add_scalar("step/train_loss", step_loss, job.epoch * job.steps + tally["step"])
             if sum_over_ranks([float(stop.signal or 0)], job.device)[0] > 0:
                 return False
     return True
@@ -248,7 +274,7 @@ def fit(job: Job) -> int:
     except NonFiniteLossError as error:
         print(f"{error}; the last good state is in {job.folder}. Try a lower --lr", file=sys.stderr)
         return 1
-    except OSError as error:
+    except WriteError as error:
         print(f"cannot write to {job.folder}: {error}", file=sys.stderr)
         return 1
     if job.epoch < job.epochs:
@@ -267,12 +293,13 @@ def train(job: Job, stop: StopRequest) -> None:
 
     Raises:
         NonFiniteLossError: with the last good state saved.
-        OSError: a file cannot be written.
+        WriteError: a file cannot be written.
     """
     purge_step = job.epoch * job.steps + job.tally["step"] + 1
-    writer = SummaryWriter(job.folder, purge_step=purge_step) if rank() == 0 else None
-    with contextlib.closing(writer) if writer else contextlib.nullcontext():
+    with writing():
         save(job)
+        writer = SummaryWriter(job.folder, purge_step=purge_step) if rank() == 0 else None
+    with contextlib.closing(writer) if writer else contextlib.nullcontext():
         while job.epoch < job.epochs:
             learning_rates = job.set_learning_rates(job.epoch + 1)
             finished = train_epoch(job, stop, writer)
@@ -282,11 +309,12 @@ def train(job: Job, stop: StopRequest) -> None:
                 raise NonFiniteLossError(f"weights or test loss are not finite after epoch {job.epoch + 1}: stopped")
             if finished:
                 job.epoch, job.tally = job.epoch + 1, new_tally()
-                if writer is not None:
+            with writing():
+                if finished and writer is not None:
                     write_metrics(job.folder / "metrics.csv", job.rows)
                     for key, value in job.rows[-1].items():
                         if value is not None:
                             writer.add_scalar(f"epoch/{key}", value, job.epoch * job.steps)
-            save(job)
+                save(job)
             if not finished:
                 break

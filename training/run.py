@@ -20,16 +20,17 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def make_run_folder(folder: Path) -> None:
+def make_run_folder(folder: Path, checkpoint_name: str) -> None:
     """Make `folder` for a new run.
 
     Raises:
-        ValueError: it holds a run already.
+        ValueError: it holds a run's checkpoint already.
         OSError: it cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "config.json").exists():
+    if (folder / checkpoint_name).exists():
         raise ValueError(f"{folder} already holds a run: continue it with --resume {folder}, or name another --out")
+    (folder / "config.json").unlink(missing_ok=True)
     (folder / "config.json").touch()
 
 
