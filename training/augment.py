@@ -32,29 +32,35 @@ def random_crops(n: int, side: int, generator: torch.Generator) -> tuple[Tensor,
     return torch.stack((top, left, height, width), dim=1), flips
 
 
-def resize_weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Antialiased bilinear weights (N, size, side) that resize pixels [start, start + length) of a line to `size`.
+def resize_weights(start: Tensor, length: Tensor, side: int, size: int, flips: Tensor | None = None) -> Tensor:
+    """Bilinear weights (N, size, side) that enlarge pixels [start, start + length) of a line to `size`.
 
-    A pixel counts by a triangle around the place where the result's centre falls, widened where the line shrinks; the
-    weights of what lies in the stretch are made to sum to one. That is torchvision's resize.
+    A pixel counts by a triangle around the place where the result's centre falls, held within the stretch:
+    torchvision's resize, where nothing shrinks and so nothing needs antialiasing.
+
+    Args:
+        start, length: (N,) in pixels; length at most `size`.
+        side: pixels of the line.
+        size: pixels of the result.
+        flips: (N,) bool, end for start.
     """
-    start, length = start.view(-1, 1, 1).float(), length.view(-1, 1, 1).float()
-    step = length / size
-    centres = start + (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * step
-    pixels = torch.arange(side, device=start.device).view(1, 1, -1) + 0.5
-    weights = (1 - (pixels - centres).abs() / step.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixels > start) & (pixels < start + length))
-    return weights / weights.sum(2, keepdim=True)
+    start, length = start.view(-1, 1).float(), length.view(-1, 1).float()
+    centres = start + (torch.arange(size, device=start.device) + 0.5) * (length / size)
+    centres = torch.minimum(torch.maximum(centres, start + 0.5), start + length - 0.5)
+    if flips is not None:
+        centres = torch.where(flips.view(-1, 1), centres.flip(1), centres)
+    pixels = torch.arange(side, device=start.device) + 0.5
+    return (pixels - centres.unsqueeze(2)).abs_().neg_().add_(1).clamp_(min=0)
 
 
 def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int, out: Tensor | None = None) -> Tensor:
-    """Cut a box out of each image, resize it to `size` x `size`, flip it where asked for.
+    """Cut a box out of each image, enlarge it to `size` x `size`, flip it where asked for.
 
     Args:
         images: (N, 3, H, H) float32. Normalise before, not after: it is the smaller tensor, and gives the same result.
         boxes: (N, 4) top, left, height, width in pixels.
         flips: (N,) bool, left for right.
-        size: S.
+        size: S, at least H.
         out: (N, 3, S, S) to write to, if given. Memory that is used again costs no page faults.
 
     Returns:
@@ -63,8 +69,7 @@ def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int, out: T
     n, channels, side, _ = images.shape
     top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
     rows = resize_weights(top, height, side, size)
-    columns = resize_weights(left, width, side, size)
-    columns = torch.where(flips.to(images.device, non_blocking=True).view(-1, 1, 1), columns.flip(1), columns)
+    columns = resize_weights(left, width, side, size, flips.to(images.device, non_blocking=True))
     narrow = torch.bmm(rows, images.transpose(1, 2).reshape(n, side, channels * side))  # (N, S, 3 * H)
     narrow = narrow.view(n, size, channels, side).transpose(1, 2).reshape(n, channels * size, side)
     if out is None:
@@ -74,7 +79,7 @@ def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int, out: T
 
 
 def centre_crops(images: Tensor, size: int) -> Tensor:
-    """Resize each image's short side to 256/224 of `size` and cut out its centre: (N, 3, H, H) to (N, 3, S, S)."""
+    """Enlarge each image to 256/224 of `size` and cut out its centre: (N, 3, H, H) to (N, 3, S, S), S at least H."""
     side, resized = images.shape[2], round(size * 256 / 224)
     zero = torch.zeros(1, device=images.device)
     weights = resize_weights(zero, zero + side, side, resized)

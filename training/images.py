@@ -19,6 +19,8 @@ from training.data import Batches, ImageSet, epoch_order, normalise
 from training.distributed import rank, world_size
 from training.torchvision_import import import_torchvision
 
+CPU_CHUNK = 64  # images cropped at a time, so that what lies between the two products stays in the cache
+
 
 @dataclass
 class Source:
@@ -68,14 +70,18 @@ def cifar_source(data: ImageSet, size: int, batch_size: int, seed: int, probe_im
     images, side = len(data.x_train), data.x_train.shape[2]
     device = data.x_train.device
 
+    buffer = torch.empty(-(-batch_size // world_size()), 3, size, size, device=device)
+    chunk = CPU_CHUNK if device.type == "cpu" else batch_size
+
     def train_batches(epoch: int, seen: int) -> Batches:
-        buffer = torch.empty(-(-batch_size // world_size()), 3, size, size, device=device)
         for batch in global_batches(images, batch_size, seed, epoch, seen):
             boxes, flips = random_crops(len(batch), side, generator(seed, epoch, int(batch[0])))
             mine = share(batch)
             index = batch[mine].to(device)
             small = normalise(data.x_train[index])
-            x = resize_crops(small, boxes[mine], flips[mine], size, out=buffer[: len(index)])
+            x = buffer[: len(index)]
+            for part in zip(*(t.split(chunk) for t in (small, boxes[mine], flips[mine], x)), strict=True):
+                resize_crops(*part[:3], size, out=part[3])
             yield x, data.y_train[index], len(batch)
 
     def test_batches() -> Batches:
