@@ -136,6 +136,8 @@ def spawned(local_rank: int, args: Namespace, worker: Worker, first: int, world_
 def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, world_size: int, url: str) -> int:
     """Join the process group at `url` as `rank`, work, and leave it; 1 where joining fails within --dist-timeout."""
     device = device_of(local_rank)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes_per_node(args)))
     backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(seconds=args.dist_timeout)
 
