@@ -1,4 +1,4 @@
-"""2-conv/2-FC net on CIFAR-10, trained by BP, DFA or DKP.
+"""2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA or DKP.
 
 Run:    python main.py --train-mode DKP --batch-size 50 --epochs 10 --seed 1
 Result: 64.47 % test accuracy (n=1; BP 69.00, DFA 59.29), 17 minutes on one thread of an AMD EPYC, torch 2.13.0
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from models import ConvNet
 from training.arguments import (
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.manual_seed(args.seed)
     model = ConvNet(data.num_classes).to(device)
-    net = wrap(args, model, torch.zeros(1, 3, 32, 32, device=device), nn.init.kaiming_uniform_)
+    net = wrap(args, model, torch.zeros(1, 3, 32, 32, device=device))
     optimizers = make_optimizers(args, net, nesterov=True)
     images = len(data.x_train)
     limit = 1 if args.dry_run else None

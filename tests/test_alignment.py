@@ -91,7 +91,8 @@ def test_measuring_leaves_no_trace(update):
 
 
 @pytest.mark.parametrize(
-    ("rule", "options"), [("BP", {}), ("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1})]
+    ("rule", "options"),
+    [("BP", {}), ("FA", {}), ("KP", {}), ("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1})],
 )
 def test_every_rule_learns_and_dkp_aligns(rule, options):
     torch.manual_seed(0)
@@ -110,6 +111,6 @@ def test_every_rule_learns_and_dkp_aligns(rule, options):
         losses.append(loss.item())
         if step in (0, 200):
             angles.append({point: values["alignment_deg"] for point, values in alignment(net, x, y).items()})
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < (0.5 if rule == "FA" else 0.3) * losses[0]
     if rule == "DKP":
         assert all(angles[1][point] < angles[0][point] - 15 for point in net.points), angles

@@ -16,6 +16,8 @@ from training.checkpoint import CONTENT, load_checkpoint, save_checkpoint
 
 MODES = {
     "BP": ["--train-mode", "BP"],
+    "FA": ["--train-mode", "FA"],
+    "KP": ["--train-mode", "KP"],
     "DFA": ["--train-mode", "DFA"],
     "DKP-optimizer": ["--train-mode", "DKP"],
     "DKP-inplace": ["--train-mode", "DKP", "--b-update", "inplace"],
@@ -220,6 +222,16 @@ def test_optimizers_are_the_originals(run, tmp_path):
     assert (feedback["lr"], feedback["weight_decay"]) == (0.0625, 0.25)
 
 
+def test_kolen_pollacks_b_is_in_the_weights_optimizer(run, tmp_path):
+    run("--train-mode", "KP", "--epochs", 1, "--lr", 0.125, "--wd", 0.5)
+    (group,) = checkpoint(tmp_path / "run")["optimizers"][0]["param_groups"]
+    assert len(checkpoint(tmp_path / "run")["optimizers"]) == 1
+    assert len(group["params"]) == len(list(main.ConvNet().parameters())) + 3
+    assert (group["lr"], group["weight_decay"], group["nesterov"]) == (0.125, 0.5, True)
+    (row,) = metrics(tmp_path / "run")
+    assert row["lr"] == row["feedback_lr"] == "0.125"
+
+
 def test_gamma_schedules_b_in_place(run, tmp_path):
     feedback = {}
     for gamma in (0, 1):
@@ -299,7 +311,7 @@ def test_bad_values_are_refused(run, capsys, flags):
 
 
 @pytest.mark.parametrize("flag", [("--b-lr", 1e-3), ("--b-wd", 0), ("--gamma", 0.5), ("--b-update", "inplace")])
-@pytest.mark.parametrize("mode", ["BP", "DFA"])
+@pytest.mark.parametrize("mode", ["BP", "FA", "KP", "DFA"])
 def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag):
     assert_refused(capsys, lambda: run("--train-mode", mode, *flag), flag[0], f"needs --train-mode DKP, got {mode}")
 

@@ -143,5 +143,6 @@ def parse_run_arguments(
     else:
         for key in ("b_update", *parser.feedback_defaults):
             if getattr(args, key) is not None:
-                parser.error(f"{flag(key)} needs --train-mode DKP, got {args.train_mode}: B is not trained")
+                why = "B is trained as W is" if args.train_mode == "KP" else "B is not trained"
+                parser.error(f"{flag(key)} needs --train-mode DKP, got {args.train_mode}: {why}")
     return args, checkpoint

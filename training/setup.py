@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from feedback import DirectFeedback
 
 
-def wrap(args: Namespace, model: nn.Module, example: Tensor, init: Callable[[Tensor], Any]) -> DirectFeedback:
+def wrap(
+    args: Namespace, model: nn.Module, example: Tensor, init: Callable[[Tensor], Any] | None = None
+) -> DirectFeedback:
     """Wrap `model` at its own points, by the rule and the update of B that the arguments name."""
     inplace = {}
     if args.b_update == "inplace":
@@ -19,8 +21,8 @@ def wrap(args: Namespace, model: nn.Module, example: Tensor, init: Callable[[Ten
 
 
 def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> list[torch.optim.Optimizer]:
-    """SGD with momentum for the weights and, where an optimiser trains B, Adam for B."""
-    weights = net.model.parameters()
+    """SGD with momentum for the weights, and for KP's B with them; where B has an optimiser of its own, Adam for B."""
+    weights = net.parameters() if args.train_mode == "KP" else net.model.parameters()
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(weights, args.lr, momentum=args.momentum, nesterov=nesterov, weight_decay=args.wd, fused=True)
     ]
@@ -42,4 +44,4 @@ def set_learning_rates(
             group["lr"] = lr
     if args.b_update == "inplace":
         net.feedback_lr = b_lr
-    return {"lr": args.lr, "feedback_lr": b_lr}
+    return {"lr": args.lr, "feedback_lr": args.lr if args.train_mode == "KP" else b_lr}
