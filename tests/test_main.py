@@ -117,6 +117,11 @@ def test_the_run_folder_holds_all_that_is_promised(run, tmp_path, capsys):
     for point in ("conv1", "conv2", "fc1"):
         assert 0 < float(rows[1][f"alignment_deg_{point}"]) < 180
         assert -1 <= float(rows[1][f"logit_cosine_{point}"]) <= 1
+    of_parameters = {key: float(value) for key, value in rows[1].items() if key.startswith("parameter_deg_")}
+    weights = ("conv1.conv", "conv2.conv", "fc1.linear", "fc2")
+    assert list(of_parameters) == [f"parameter_deg_{layer}.weight" for layer in weights]
+    assert of_parameters.pop("parameter_deg_fc2.weight") < 1e-3
+    assert all(0 < value < 180 for value in of_parameters.values())
     assert list(folder.glob("events.out.tfevents.*"))
     model = main.ConvNet()
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))

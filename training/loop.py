@@ -242,9 +242,13 @@ def epoch_row(job: Job, learning_rates: dict[str, float | None]) -> dict[str, fl
     if rank() == 0:
         with job.precision():
             angles = alignment(job.net.train(), *job.probe)
-    row |= {f"{key}_{point}": value for point, values in angles.items() for key, value in values.items()}
+        of_vectors = {name for name, parameter in job.net.model.named_parameters() if parameter.dim() == 1}
+        angles = {
+            name: values for name, values in angles.items() if name not in of_vectors
+        }  # weights are telling enough
+    row |= {f"{key}_{name}": value for name, values in angles.items() for key, value in values.items()}
     if rank() == 0:
-        degrees = " ".join(f"{point} {values['alignment_deg']:.1f}" for point, values in angles.items())
+        degrees = " ".join(f"{point} {angles[point]['alignment_deg']:.1f}" for point in job.net.points)
         print(
             f"epoch {job.epoch + 1}/{job.epochs}: train loss {train_loss:.4f}, accuracy {train_accuracy:.2f} %; "
             f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2f} %; "
