@@ -30,10 +30,20 @@ from training.checkpoint import save_checkpoint
 from training.data import Batches, batches, epoch_order, load_images, normalise
 from training.loop import Job, fit, restore
 from training.run import make_run_folder, write_config
-from training.setup import make_optimizers, set_learning_rates, wrap
+from training.setup import SCHEDULES, make_optimizers, set_learning_rates, wrap
 
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = ("train_mode", "dataset", "b_update", "batch_size", "seed", "precision", "dry_run")
+FIXED_BY_THE_CHECKPOINT = (
+    "train_mode",
+    "dataset",
+    "b_update",
+    "batch_size",
+    "seed",
+    "precision",
+    "dry_run",
+    "fc_norm",
+    "schedule",
+)
 
 
 def make_parser() -> Parser:
@@ -48,6 +58,8 @@ def make_parser() -> Parser:
     add("--epochs", type=positive_int, default=100, metavar="N", help="epochs in all, resumed ones too (default: 100)")
     add("--lr", type=nonnegative_float, default=5e-4, help="learning rate of SGD for the weights (default: 5e-4)")
     add("--wd", type=nonnegative_float, default=1e-6, help="weight decay of the weights (default: 1e-6)")
+    add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (default: constant)")
+    add("--fc-norm", action="store_true", help="batch norm in fc1, which the original's net does not have")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
     add("--seed", type=seed, default=1, help="of weights, B and data order (default: 1)")
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
@@ -73,6 +85,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
         args.epochs = 1
     if checkpoint is not None and checkpoint["epoch"] >= args.epochs:
         parser.error(f"the run in {args.resume} has done its {checkpoint['epoch']} epochs: raise --epochs to go on")
+    if checkpoint is not None and args.schedule != "constant" and checkpoint["args"]["epochs"] != args.epochs:
+        parser.error(f"--epochs: --schedule {args.schedule} was laid out for {checkpoint['args']['epochs']} epochs")
     return args, checkpoint, parser
 
 
@@ -91,11 +105,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
     torch.manual_seed(args.seed)
-    model = ConvNet(data.num_classes).to(device)
+    model = ConvNet(data.num_classes, args.fc_norm).to(device)
     net = wrap(args, model, torch.zeros(1, 3, 32, 32, device=device))
     optimizers = make_optimizers(args, net, nesterov=True)
     images = len(data.x_train)
     limit = 1 if args.dry_run else None
+    steps = limit or math.ceil(images / args.batch_size)
 
     def train_batches(epoch: int, seen: int) -> Batches:
         order = epoch_order(images, args.seed, epoch)[seen:].to(device)
@@ -108,12 +123,12 @@ def main(argv: list[str] | None = None) -> int:
         net=net,
         train_net=net,
         optimizers=optimizers,
-        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers),
+        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers, steps),
         train_batches=train_batches,
         test_batches=test_batches,
         probe=(normalise(data.x_train[:PROBE_IMAGES]), data.y_train[:PROBE_IMAGES]),
         train_images=images,
-        steps=limit or math.ceil(images / args.batch_size),
+        steps=steps,
         epochs=args.epochs,
         folder=run,
         settings={key: value for key, value in vars(args).items() if key not in ("out", "resume")},

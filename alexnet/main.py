@@ -53,6 +53,7 @@ NOT_KEPT = OF_THE_RUN | OF_THE_PROCESSES | {"multiprocessing_distributed"}
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="alexnet/main.py", description=__doc__)
+    parser.set_defaults(schedule="constant")
     add = parser.add_argument
     add(
         "data", nargs="?", default="data", metavar="DATA", help="folder where data are found and kept (default: ./data)"
@@ -210,16 +211,17 @@ def work(args: Namespace, device: torch.device) -> int:
     if args.compile:
         net.compile()
     steps = math.ceil(source.train_images / global_batch_size(args))
+    steps = min(steps, args.limit_batches or steps)
     job = Job(
         net=net,
         train_net=train_net,
         optimizers=optimizers,
-        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers),
+        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers, steps),
         train_batches=source.train_batches,
         test_batches=lambda: itertools.islice(source.test_batches(), args.limit_batches),
         probe=source.probe,
         train_images=source.train_images,
-        steps=min(steps, args.limit_batches or steps),
+        steps=steps,
         epochs=args.epochs,
         folder=run,
         settings={key: value for key, value in vars(args).items() if key not in NOT_KEPT},

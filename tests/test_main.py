@@ -22,6 +22,7 @@ MODES = {
     "DKP-optimizer": ["--train-mode", "DKP"],
     "DKP-inplace": ["--train-mode", "DKP", "--b-update", "inplace"],
 }
+RESUMED = MODES | {"one-cycle": ["--schedule", "one-cycle", "--fc-norm"]}
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
@@ -69,7 +70,7 @@ def test_two_epochs_and_two_more_equal_four_bit_for_bit(run, mode, tmp_path):
     assert len(metrics(tmp_path / "straight")) == 4
 
 
-@each_mode
+@pytest.mark.parametrize("mode", RESUMED.values(), ids=RESUMED)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_resume_goes_on_exactly(run, mode, number, tmp_path, monkeypatch, capsys):
     assert run(*mode, "--epochs", 3, out="straight") == 0
@@ -237,6 +238,34 @@ def test_kolen_pollacks_b_is_in_the_weights_optimizer(run, tmp_path):
     assert row["lr"] == row["feedback_lr"] == "0.125"
 
 
+@pytest.mark.parametrize("mode", ["KP", "DKP"])
+def test_one_cycle_rises_and_falls_and_leaves_b_to_gamma(run, tmp_path, monkeypatch, mode):
+    def note(*args):
+        rates.append(set_learning_rates(*args))
+        return rates[-1]
+
+    rates, set_learning_rates = [], main.set_learning_rates
+    monkeypatch.setattr(main, "set_learning_rates", note)
+    flags = ("--train-mode", mode, "--schedule", "one-cycle", "--lr", 0.01, "--epochs", 3)
+    run(*flags)  # 4 steps an epoch; at the end of each its row asks once more
+    del rates[4::5]
+    lr = [step["lr"] for step in rates]
+    assert lr[0] == pytest.approx(0.01 * 0.5 / 12 / 0.3) and 0 < lr[-1] < 0.01 / 50
+    assert lr[:4] == sorted(lr[:4]) and lr[4:] == sorted(lr[4:], reverse=True) and 0.0095 < max(lr) < 0.01
+    of_b = [step["feedback_lr"] for step in rates]
+    assert of_b == (lr if mode == "KP" else [1e-4 * 0.8**epoch for epoch in range(3) for _ in range(4)])
+    (last,) = checkpoint(tmp_path / "run")["optimizers"][0]["param_groups"]
+    assert last["lr"] == lr[-1] == float(metrics(tmp_path / "run")[-1]["lr"])
+
+
+def test_fc_norm_is_a_batch_norm_in_fc1(run, tmp_path):
+    run("--epochs", 1, "--fc-norm", "--save-model")
+    model = main.ConvNet(fc_norm=True)
+    model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
+    assert [type(module).__name__ for module in model.fc1] == ["Linear", "BatchNorm1d", "ReLU"]
+    assert [type(module).__name__ for module in main.ConvNet().fc1] == ["Linear", "ReLU"]
+
+
 def test_gamma_schedules_b_in_place(run, tmp_path):
     feedback = {}
     for gamma in (0, 1):
@@ -290,6 +319,7 @@ def assert_refused(capsys, call, *fragments):
     [
         ("--train-mode", "XYZ"),
         ("--dataset", "imagenet"),
+        ("--schedule", "step"),
         ("--batch-size", "0"),
         ("--batch-size", "-3"),
         ("--test-batch-size", "0"),
@@ -352,6 +382,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--b-update", "inplace"), "--b-update")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--batch-size", 8), "--batch-size")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--seed", 3), "--seed")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--fc-norm"), "--fc-norm", "has False, got True")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--schedule", "one-cycle"), "--schedule")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 1), "has done its 1 epochs: raise --epochs")
     assert_refused(capsys, lambda: run(*resume, "--out", tmp_path / "other"), "--out does not go with --resume")
     state = checkpoint(folder)
@@ -371,6 +403,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "cannot read checkpoint")
     (folder / "checkpoint.pt").write_bytes(b"")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "cannot read checkpoint")
+
+
+def test_a_one_cycle_run_keeps_its_length(run, capsys, tmp_path):
+    run("--epochs", 1, "--schedule", "one-cycle")
+    message = "--epochs: --schedule one-cycle was laid out for 1 epochs"
+    assert_refused(capsys, lambda: run("--resume", tmp_path / "run", "--epochs", 2), message)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(run, capsys, tmp_path):

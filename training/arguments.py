@@ -130,8 +130,9 @@ def parse_run_arguments(
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         for key in fixed:
-            if getattr(args, key) != saved.get(key):
-                parser.error(f"{flag(key)}: the run in {args.resume} has {saved.get(key)}, got {getattr(args, key)}")
+            had = parser.get_default(key)
+            if getattr(args, key) != had:
+                parser.error(f"{flag(key)}: the run in {args.resume} has {had}, got {getattr(args, key)}")
     if args.train_mode == "DKP":
         args.b_update = args.b_update or "optimizer"
         defaults = dict(parser.feedback_defaults)

@@ -32,7 +32,8 @@ class Job:
     """What there is to train, and on what.
 
     net: the wrapped model; train_net: the same inside DistributedDataParallel, where there are several ranks.
-    optimizers: W's, then B's if it has one. set_learning_rates: sets those of an epoch (1 is the first), returns them.
+    optimizers: W's, then B's if it has one. set_learning_rates: sets those of an epoch's step (1 is the first of
+        either), returns them.
     train_batches: (epoch, images of it that all ranks have seen) to this rank's rest of the epoch, as images (N, ...),
         labels (N,) and the number of images of all ranks together; as many batches on every rank.
     test_batches: to this rank's share of the test images. probe: images and labels to measure the angles on.
@@ -44,7 +45,7 @@ class Job:
     net: DirectFeedback
     train_net: nn.Module
     optimizers: list[torch.optim.Optimizer]
-    set_learning_rates: Callable[[int], dict[str, float | None]]
+    set_learning_rates: Callable[[int, int], dict[str, float | None]]
     train_batches: Callable[[int, int], Batches]
     test_batches: Callable[[], Batches]
     probe: tuple[Tensor, Tensor]
@@ -171,6 +172,7 @@ def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bo
     with bar:
         left = job.steps - tally["step"]
         for x, y, together in itertools.islice(job.train_batches(job.epoch + 1, tally["seen"]), left):
+            job.set_learning_rates(job.epoch + 1, tally["step"] + 1)
             for optimizer in job.optimizers:
                 optimizer.zero_grad()
             with job.precision():
@@ -233,11 +235,14 @@ def evaluate(job: Job) -> dict[str, float]:
     }
 
 
-def epoch_row(job: Job, learning_rates: dict[str, float | None]) -> dict[str, float | None]:
-    """Evaluate a finished epoch, print its line on rank 0, and return its row of metrics.csv; accuracies in percent."""
+def epoch_row(job: Job) -> dict[str, float | None]:
+    """Evaluate a finished epoch, print its line on rank 0, and return its row of metrics.csv.
+
+    Accuracies are in percent, angles in degrees; the learning rates are those of the last step.
+    """
     train_loss, train_accuracy = train_metrics(job)
     row = {"epoch": job.epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy}
-    row |= evaluate(job) | learning_rates | {"seconds": job.tally["seconds"]}
+    row |= evaluate(job) | job.set_learning_rates(job.epoch + 1, job.steps) | {"seconds": job.tally["seconds"]}
     angles: dict[str, dict[str, float]] = {}
     if rank() == 0:
         with job.precision():
@@ -305,10 +310,9 @@ def train(job: Job, stop: StopRequest) -> None:
         writer = SummaryWriter(job.folder, purge_step=purge_step) if rank() == 0 else None
     with contextlib.closing(writer) if writer else contextlib.nullcontext():
         while job.epoch < job.epochs:
-            learning_rates = job.set_learning_rates(job.epoch + 1)
             finished = train_epoch(job, stop, writer)
             if finished:
-                job.rows.append(epoch_row(job, learning_rates))
+                job.rows.append(epoch_row(job))
             if not is_sound(job):
                 raise NonFiniteLossError(f"weights or test loss are not finite after epoch {job.epoch + 1}: stopped")
             if finished:
