@@ -43,6 +43,7 @@ FIXED_BY_THE_CHECKPOINT = (
     "dry_run",
     "fc_norm",
     "schedule",
+    "validation",
 )
 
 
@@ -53,6 +54,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
     add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
+    add("--validation", type=positive_int, metavar="N", help="hold out N training images and test on them instead")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (default: 64)")
     add("--test-batch-size", type=positive_int, default=1000, metavar="N", help="images per test batch (default: 1000)")
     add("--epochs", type=positive_int, default=100, metavar="N", help="epochs in all, resumed ones too (default: 100)")
@@ -96,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     try:
         data = load_images(args.dataset, args.data).to(device)
+        if args.validation is not None:
+            data = data.hold_out(args.validation)
         args.dataset = data.name
         name = f"{args.dataset}-{args.train_mode}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = Path(args.resume or args.out or f"runs/{name}")
@@ -137,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         command=f"python main.py --resume {run}",
         bfloat16=args.precision == "bf16",
         log_interval=args.log_interval,
+        split="test" if args.validation is None else "validation",
     )
     try:
         if checkpoint is not None:

@@ -266,6 +266,35 @@ def test_fc_norm_is_a_batch_norm_in_fc1(run, tmp_path):
     assert [type(module).__name__ for module in main.ConvNet().fc1] == ["Linear", "ReLU"]
 
 
+def test_validation_holds_out_training_images_and_never_sees_the_test_set(run, tmp_path, data_folder, capsys):
+    flags = ("--validation", 16, "--lr", 0, "--wd", 0, "--train-mode", "BP")
+    run(*flags, "--epochs", 1, "--save-model")
+    (row,) = metrics(tmp_path / "run")
+    assert not [key for key in row if key.startswith("test_")]
+    images = data.load_images("cifar10", data_folder)
+    held = data.epoch_order(40, 0, 0)[-16:]
+    model = main.ConvNet()
+    model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
+    with torch.no_grad():
+        logits = model.eval()(data.normalise(images.x_train[held]))
+    accuracy = 100 * (logits.argmax(1) == images.y_train[held]).double().mean().item()
+    assert float(row["validation_accuracy"]) == pytest.approx(accuracy)
+    kept = images.hold_out(16)
+    assert torch.equal(torch.cat([kept.y_train, kept.y_test]), images.y_train[data.epoch_order(40, 0, 0)])
+    assert "validation accuracy" in capsys.readouterr().out
+    run("--resume", tmp_path / "run", "--epochs", 2)
+    assert len(metrics(tmp_path / "run")) == 2
+    np.savez(data_folder / "cifar10.npz", **cifar10_with_another_test_set(data_folder))
+    run(*flags, "--epochs", 1, out="again")
+    assert metrics(tmp_path / "again")[0] == row
+    assert_refused(capsys, lambda: run("--validation", 40, out="all"), "cannot hold out 40 of 40 training images")
+
+
+def cifar10_with_another_test_set(folder):
+    with np.load(folder / "cifar10.npz") as arrays:
+        return {key: value[::-1] if key == "x_test" else value for key, value in arrays.items()}
+
+
 def test_gamma_schedules_b_in_place(run, tmp_path):
     feedback = {}
     for gamma in (0, 1):
@@ -382,6 +411,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--b-update", "inplace"), "--b-update")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--batch-size", 8), "--batch-size")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--seed", 3), "--seed")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--validation", 9), "has None, got 9")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--fc-norm"), "--fc-norm", "has False, got True")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--schedule", "one-cycle"), "--schedule")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 1), "has done its 1 epochs: raise --epochs")
