@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,24 @@ def data_folder(tmp_path, cifar10_arrays):
     return folder
 
 
+def module_of(path):
+    """A script of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(
+        path.replace("/", "_").removesuffix(".py"), Path(__file__).resolve().parent.parent / path
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def alexnet():
     """alexnet/main.py as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "alexnet_main", Path(__file__).resolve().parent.parent / "alexnet" / "main.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("alexnet/main.py")
+
+
+@pytest.fixture(scope="session")
+def accuracy():
+    """benchmarks/accuracy.py as a module."""
+    return module_of("benchmarks/accuracy.py")

@@ -1,0 +1,388 @@
+"""Accuracy and angles of the learning rules on CIFAR-10: rules x seeds by main.py, one table, two plots.
+
+Run:    python benchmarks/accuracy.py --data DIR
+Search: python benchmarks/accuracy.py --data DIR --search, then --recipe benchmarks/results/NAME/recipe.json
+Stop it with Ctrl-C; the same command goes on where it was, and several of them at once share the runs. Every flag that
+is not listed below goes to each run of main.py.
+"""
+
+import csv
+import fcntl
+import json
+import statistics
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from torch.quasirandom import SobolEngine
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main as script
+from feedback import RULES
+from training.arguments import Parser, positive_int, run_script, seed
+from training.run import REPOSITORY
+from training.synthetic import synthetic_images
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RUNS, RESULTS = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
+BATCH_SIZE = 50
+OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")  # not for the user to give
+TRIALS, HELD_OUT = 9, 5000  # of a search: settings per rule, and training images to choose them on
+# shade, line and marker of each rule: any one of the three tells them apart
+STYLES = [
+    ("#000000", "-", "o"),
+    ("#c0a000", "--", "s"),
+    ("#6060c0", "-.", "^"),
+    ("#909090", ":", "D"),
+    ("#b03030", (0, (6, 2)), "v"),
+    ("#208050", (0, (3, 1, 1, 1, 1, 1)), "X"),
+]
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of main.py: its rule, seed, the name of its settings, and the flags that are its settings."""
+
+    mode: str
+    seed: int
+    recipe: str
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.mode}-{self.recipe}-seed{self.seed}"
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="benchmarks/accuracy.py", description=__doc__)
+    add = parser.add_argument
+    add("--data", default="data", metavar="DIR", help="folder where CIFAR-10 is found and kept (default: ./data)")
+    add("--modes", nargs="+", choices=RULES, default=RULES, metavar="MODE", help=f"default: {' '.join(RULES)}")
+    add("--seeds", nargs="+", type=seed, metavar="N", help="default: 1 2 3; 1 for a search")
+    add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50; 5 for a search)")
+    add("--recipe", default="original", help="original, or a recipe.json that a search has written (default: original)")
+    add("--search", action="store_true", help=f"try {TRIALS} settings per rule on {HELD_OUT} held-out training images")
+    add("--name", help="of the folders under runs/ and benchmarks/results/ (default: cifar10-RECIPE-N-epochs)")
+    add("--quick", action="store_true", help="two epochs of a tiny set in a folder of their own, to see that it runs")
+    return parser
+
+
+def trials(mode: str, number: int) -> dict[str, tuple[str, ...]]:
+    """The settings that a search tries, by name: the original's, then `number` - 1 others, the same for every rule.
+
+    They are a Sobol sequence, so each of the numbers takes values all over its range (random search, Bergstra, Bengio
+    2012, spread evenly). A rule whose B has no learning rate of its own tries W's settings alone.
+    """
+    args, _, _ = script.parse_arguments(["--train-mode", mode])
+    settings: dict[str, tuple[str, ...]] = {"original": ()}
+    for i, point in enumerate(SobolEngine(5, scramble=True, seed=0).draw(number - 1).tolist(), start=1):
+        flags = ["--lr", f"{5e-4 * 40 ** point[0]:.1e}", "--schedule", "one-cycle" if point[1] < 0.75 else "constant"]
+        if args.b_lr is not None:
+            gamma, b_wd = ("0.8", "0.95", "1")[int(3 * point[3])], ("1e-6", "1e-4")[int(2 * point[4])]
+            flags += ["--b-lr", f"{1e-5 * 1000 ** point[2]:.1e}", "--gamma", gamma, "--b-wd", b_wd]
+        settings[f"trial{i}"] = tuple(flags)
+    return settings
+
+
+def read_recipe(path: Path, modes: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of each rule, from a search's recipe.json.
+
+    Raises:
+        ValueError: the file cannot be read, or lacks one of `modes`.
+    """
+    try:
+        recipe = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--recipe: cannot read {path}, expected original or a recipe.json ({error})") from error
+    missing = [mode for mode in modes if mode not in recipe]
+    if missing:
+        raise ValueError(f"--recipe: {path} has nothing for {', '.join(missing)}")
+    return recipe
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Within, the yielded value says whether this process has `folder` to itself; the end of a process frees it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def metrics(folder: Path) -> list[Row]:
+    """The rows of a run's metrics.csv so far."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def is_over(folder: Path, epochs: int) -> bool:
+    """Whether a run has done its epochs, or failed."""
+    return len(metrics(folder)) >= epochs or (folder / "failed").exists()
+
+
+def train(run: Run, folder: Path, args: Namespace) -> None:
+    """Train `run` to its end, from where it is; leave a file "failed" if its loss or weights were not finite.
+
+    Raises:
+        SystemExit: it was stopped by a signal, or main.py refused its command line.
+    """
+    if (folder / "checkpoint.pt").exists():
+        flags = ["--resume", str(folder)]
+    else:
+        flags = ["--train-mode", run.mode, "--seed", str(run.seed), "--epochs", str(args.epochs)]
+        flags += ["--batch-size", str(BATCH_SIZE), "--dataset", "cifar10", "--out", str(folder), *run.flags]
+        if args.validation is not None:
+            flags += ["--validation", str(args.validation)]
+    status = script.main(["--data", str(args.data), *flags])
+    if status >= 128:
+        print("the sweep's own command goes on from there, too", file=sys.stderr)
+        raise SystemExit(status)
+    if status:
+        (folder / "failed").touch()
+
+
+def sweep(runs: list[Run], everything: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
+    """Train all `runs` that are not over nor another process's; after each, write the results of `everything`."""
+    for number, run in enumerate(runs, start=1):
+        folder = runs_folder / run.name
+        with locked(folder) as free:
+            if not free:
+                print(f"run {number}/{len(runs)}, {run.name}: another process is at it, passed over", flush=True)
+                continue
+            if is_over(folder, args.epochs):
+                continue
+            print(f"run {number}/{len(runs)}, {run.name}; {what_is_left(runs, runs_folder, args.epochs)}", flush=True)
+            train(run, folder, args)
+        write_results(everything, runs_folder, results, args)
+    write_results(everything, runs_folder, results, args)
+
+
+def what_is_left(runs: list[Run], runs_folder: Path, epochs: int) -> str:
+    """The epochs to train, and for about how long by the mean of those that are done."""
+    done = {run: metrics(runs_folder / run.name) for run in runs}
+    left = sum(epochs - len(rows) for run, rows in done.items() if not is_over(runs_folder / run.name, epochs))
+    seconds = [float(row["seconds"]) for rows in done.values() for row in rows]
+    if not seconds:
+        return f"{left} epochs to go"
+    return f"{left} epochs to go, about {timedelta(seconds=round(left * statistics.mean(seconds)))} left"
+
+
+def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
+    """Write metrics.csv and table.md to `results`; for a search recipe.json, else accuracy.png and angles.png."""
+    rows = [
+        {"mode": run.mode, "seed": str(run.seed), "recipe": run.recipe, "flags": " ".join(run.flags)} | row
+        for run in runs
+        for row in metrics(runs_folder / run.name)
+    ]
+    if not rows:
+        return
+    with open(results / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    split = "test" if args.validation is None else "validation"
+    outcomes = outcomes_of(runs, runs_folder, f"{split}_accuracy", args.epochs)
+    configs = [runs_folder / run.name / "config.json" for run in runs if metrics(runs_folder / run.name)]
+    (results / "table.md").write_text(table(outcomes, split, args.epochs) + where(configs))
+    if args.search:
+        (results / "recipe.json").write_text(json.dumps(best_flags(outcomes), indent=2) + "\n")
+    else:
+        plot(rows, {f"{split}_accuracy": f"{split} accuracy, %"}, results / "accuracy.png", height_px=450)
+        angles = [key for key in rows[0] if key.startswith("alignment_deg_")]
+        titles = {key: f"angle at {key.removeprefix('alignment_deg_')}, degrees" for key in angles}
+        plot(rows, titles, results / "angles.png", height_px=350)
+
+
+@dataclass
+class Outcome:
+    """What came of the runs of one rule and settings: the accuracies in percent of the whole ones, and counts."""
+
+    mode: str
+    recipe: str
+    flags: tuple[str, ...]
+    last: list[float] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+    runs: int = 0
+    failed: int = 0
+
+
+def outcomes_of(runs: list[Run], runs_folder: Path, accuracy: str, epochs: int) -> list[Outcome]:
+    """An outcome for each rule and settings, in the order of `runs`; `accuracy` is a column of metrics.csv."""
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    for run in runs:
+        outcome = outcomes.setdefault((run.mode, run.recipe), Outcome(run.mode, run.recipe, run.flags))
+        accuracies = [float(row[accuracy]) for row in metrics(runs_folder / run.name)]
+        outcome.runs += 1
+        outcome.failed += (runs_folder / run.name / "failed").exists()
+        if len(accuracies) == epochs:
+            outcome.last.append(accuracies[-1])
+            outcome.best.append(max(accuracies))
+    return list(outcomes.values())
+
+
+def table(outcomes: list[Outcome], split: str, epochs: int) -> str:
+    """The markdown table, a line for each rule and settings, and below it what its figures are."""
+    lines = [
+        "| rule | settings | last epoch, % | std | best epoch, % | std | n | failed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for outcome in outcomes:
+        flags = f" `{' '.join(outcome.flags)}`" if outcome.flags else ""
+        cells = [outcome.mode, outcome.recipe + flags]
+        for values in (outcome.last, outcome.best):
+            cells.append(f"{statistics.mean(values):.2f}" if values else "")
+            cells.append(f"{statistics.stdev(values):.2f}" if len(values) > 1 else "")
+        lines.append("| " + " | ".join([*cells, str(len(outcome.last)), str(outcome.failed)]) + " |")
+    lines += [
+        "",
+        f"Accuracy on the {split} images after {epochs} epochs, batch {BATCH_SIZE} unless named: mean and standard",
+        f"deviation over n seeds. The best epoch is picked on the {split} images themselves, so it flatters: the last",
+        "is the result. failed: runs that ended early because their loss or weights were not finite.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def where(configs: list[Path]) -> str:
+    """A line that says on what hardware, torch and commit the runs with these config.json began."""
+    found = [json.loads(path.read_text()) for path in configs]
+    lines = (f"{c['hardware']}, torch {c['versions']['torch']}, commit {c['git']}." for c in found)
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def best_flags(outcomes: list[Outcome]) -> dict[str, tuple[str, ...]]:
+    """Of each rule, the flags of best mean accuracy at the last epoch, among those whose runs are all whole."""
+    best: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        if len(outcome.last) == outcome.runs:
+            leader = best.setdefault(outcome.mode, outcome)
+            if statistics.mean(outcome.last) > statistics.mean(leader.last):
+                best[outcome.mode] = outcome
+    return {mode: outcome.flags for mode, outcome in best.items()}
+
+
+def plot(rows: list[Row], titles: dict[str, str], path: Path, height_px: int) -> None:
+    """Draw the columns `titles` per epoch, a panel each: a line per rule, its mean, and a band of a standard deviation.
+
+    800 pixels wide, as a README shows it, and told apart without colour.
+    """
+    with plt.rc_context({"font.size": 9}):
+        figure, panels = plt.subplots(
+            1, len(titles), figsize=(8, height_px / 100), dpi=100, sharey=True, squeeze=False, layout="constrained"
+        )
+        for panel, (key, title) in zip(panels[0], titles.items(), strict=True):
+            for mode in dict.fromkeys(row["mode"] for row in rows):
+                by_epoch: dict[int, list[float]] = {}
+                for row in rows:
+                    if row["mode"] == mode and row.get(key):
+                        by_epoch.setdefault(int(row["epoch"]), []).append(float(row[key]))
+                epochs = sorted(by_epoch)
+                mean = np.array([statistics.mean(by_epoch[epoch]) for epoch in epochs])
+                std = np.array([np.std(by_epoch[epoch], ddof=len(by_epoch[epoch]) > 1) for epoch in epochs])
+                shade, line, marker = STYLES[RULES.index(mode) % len(STYLES)]
+                every = max(1, len(epochs) // 8)
+                panel.plot(epochs, mean, color=shade, linestyle=line, marker=marker, markevery=every, ms=4, label=mode)
+                panel.fill_between(epochs, mean - std, mean + std, color=shade, alpha=0.2, linewidth=0)
+            panel.set_title(title, fontsize=9)
+            panel.set_xlabel("epoch")
+            panel.grid(alpha=0.3)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=4)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def make_runs(args: Namespace, flags: list[str]) -> tuple[str, list[Run]]:
+    """The name of what is tried, and the runs of it, all rules before the next seed; `flags` go to each.
+
+    Raises:
+        ValueError: the recipe cannot be read.
+    """
+    name, recipes = "original", {mode: {"original": ()} for mode in args.modes}
+    if args.search:
+        number = 3 if args.quick else TRIALS
+        name, recipes = "search", {mode: trials(mode, number) for mode in args.modes}
+    elif args.recipe != "original":
+        recipe = read_recipe(Path(args.recipe), args.modes)
+        name, recipes = "best", {mode: {"best": tuple(recipe[mode])} for mode in args.modes}
+    return name, [
+        Run(mode, number, recipe, (*settings, *flags))
+        for number in dict.fromkeys(args.seeds)
+        for mode in dict.fromkeys(args.modes)
+        for recipe, settings in recipes[mode].items()
+    ]
+
+
+def remembered(results: Path, runs: list[Run], args: Namespace) -> list[Run]:
+    """All runs of the sweep in `results`: those of earlier command lines, kept in its sweep.json, and `runs`.
+
+    Raises:
+        ValueError: the folder's sweep has other epochs or held-out images, or other flags for one of `runs`.
+    """
+    path = results / "sweep.json"
+    common = {"epochs": args.epochs, "validation": args.validation}
+    kept = json.loads(path.read_text()) if path.exists() else common | {"runs": []}
+    known = {run.name: run for run in (Run(**values | {"flags": tuple(values["flags"])}) for values in kept["runs"])}
+    if common | {"runs": kept["runs"]} != kept or any(known.get(run.name, run) != run for run in runs):
+        raise ValueError(f"{results} has a sweep with other settings (see {path.name}): name another --name")
+    known |= {run.name: run for run in runs}
+    everything = sorted(known.values(), key=lambda run: (RULES.index(run.mode), run.recipe, run.seed))
+    path.write_text(json.dumps(common | {"runs": [asdict(run) for run in everything]}, indent=2) + "\n")
+    return everything
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sweep that the command line asks for; return 0."""
+    parser = make_parser()
+    args, flags = parser.parse_known_args(argv)
+    args.seeds = args.seeds or ([1] if args.search else [1, 2, 3])
+    args.epochs = args.epochs or (5 if args.search else 50)
+    args.validation = HELD_OUT if args.search else None
+    for flag in flags:
+        if flag.partition("=")[0] in OF_THE_SWEEP:
+            parser.error(f"{flag} is for the sweep itself to give to main.py")
+    if args.search and args.recipe != "original":
+        parser.error("--recipe does not go with --search: a search finds one")
+    with tempfile.TemporaryDirectory() if args.quick else nullcontext() as scratch:
+        runs_folder, results_folder = RUNS, RESULTS
+        if scratch is not None:
+            args.data = Path(scratch)
+            runs_folder, results_folder = args.data / "runs", args.data / "results"
+            np.savez(args.data / "cifar10.npz", **synthetic_images(10, 64, 32))
+            args.seeds, args.epochs, args.validation = args.seeds[:2], 2, args.validation and 16
+        try:
+            name, runs = make_runs(args, flags)
+            name = args.name or f"cifar10-{name}-{args.epochs}-epochs"
+            results = results_folder / name
+            results.mkdir(parents=True, exist_ok=True)
+            everything = remembered(results, runs, args)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        sweep(runs, everything, runs_folder / name, results, args)
+        print((results / "table.md").read_text(), end="")
+        print(f"see {', '.join(sorted(file.name for file in results.iterdir()))} in {results}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,183 @@
+"""The sweep: what it writes, that it is stopped, continued and shared without repeating a run, and its search."""
+
+import csv
+import json
+import signal
+import struct
+
+import pytest
+
+import main
+from feedback import RULES
+
+
+@pytest.fixture
+def sweep(accuracy, data_folder, tmp_path, monkeypatch):
+    """Run the sweep on 40 images, two epochs, with its folders under tmp_path; return the folder of its results."""
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(accuracy, "TRIALS", 3)
+    monkeypatch.setattr(accuracy, "HELD_OUT", 16)
+
+    def run(*flags, name="it"):
+        argv = ["--data", data_folder, "--epochs", 2, "--name", name, "--no-cuda", *flags]
+        assert accuracy.main([str(flag) for flag in argv]) == 0
+        return tmp_path / "results" / name
+
+    return run
+
+
+@pytest.fixture
+def trained(accuracy, monkeypatch):
+    """The folders that main.py is called for, as they come, new ones or resumed."""
+    calls, script = [], main.main
+
+    def note(argv):
+        flag = "--resume" if "--resume" in argv else "--out"
+        calls.append((flag, argv[argv.index(flag) + 1].rpartition("/")[2]))
+        return script(argv)
+
+    monkeypatch.setattr(accuracy.script, "main", note)
+    return calls
+
+
+def rows(results):
+    with open(results / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def width(path):
+    return struct.unpack(">I", path.read_bytes()[16:20])[0]
+
+
+def test_a_sweep_writes_a_csv_a_table_and_plots_and_repeats_nothing(sweep, trained, capsys):
+    results = sweep("--seeds", 1, 2, "--lr", 0.01)
+    assert len(trained) == 2 * len(RULES) == len(set(trained))
+    found = rows(results)
+    assert {(row["mode"], row["seed"], row["epoch"]) for row in found} == {
+        (mode, str(seed), str(epoch)) for mode in RULES for seed in (1, 2) for epoch in (1, 2)
+    }
+    assert {(row["recipe"], row["flags"], row["lr"]) for row in found} == {("original", "--no-cuda --lr 0.01", "0.01")}
+    last = [float(row["test_accuracy"]) for row in found if (row["mode"], row["epoch"]) == ("DKP", "2")]
+    best = [max(float(r["test_accuracy"]) for r in found if (r["mode"], r["seed"]) == ("DKP", s)) for s in "12"]
+    (line,) = [line for line in (results / "table.md").read_text().splitlines() if line.startswith("| DKP ")]
+    cells = [cell.strip() for cell in line.split("|")[3:-1]]
+    std = abs(last[0] - last[1]) / 2**0.5, abs(best[0] - best[1]) / 2**0.5
+    figures = [sum(last) / 2, std[0], sum(best) / 2, std[1]]
+    assert cells == [*(f"{figure:.2f}" for figure in figures), "2", "0"]
+    assert width(results / "accuracy.png") == width(results / "angles.png") == 800
+    output = capsys.readouterr().out
+    assert f"run 1/{2 * len(RULES)}, BP-original-seed1; {4 * len(RULES)} epochs to go" in output
+    assert "epochs to go, about 0:00:0" in output and line in output
+    before = (results / "metrics.csv").read_bytes()
+    sweep("--seeds", 1, 2, "--lr", 0.01)
+    assert len(trained) == 2 * len(RULES) and (results / "metrics.csv").read_bytes() == before
+    sweep("--seeds", 3, "--modes", "BP", "--lr", 0.01)  # one more: the others stay in the results
+    assert len(trained) == 2 * len(RULES) + 1 and len(rows(results)) == 4 * len(RULES) + 2
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(sweep, trained, monkeypatch, capsys):
+    flags = ("--modes", "BP", "DKP", "--seeds", 1)
+    whole = sweep(*flags, name="whole")
+    main_batches, count = main.batches, []
+
+    def batches_with_a_signal(*args):
+        for batch in main_batches(*args):
+            count.append(1)
+            if len(count) == 5:  # two batches an epoch, one of them to test on: it is DKP's first
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    del trained[:]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(main, "batches", batches_with_a_signal)
+        sweep(*flags)
+    assert exit_.value.code == 130 and "the sweep's own command goes on" in capsys.readouterr().err
+    continued = sweep(*flags)
+    assert trained == [
+        ("--out", "BP-original-seed1"),
+        ("--out", "DKP-original-seed1"),
+        ("--resume", "DKP-original-seed1"),
+    ]
+    strip = lambda found: [{k: v for k, v in row.items() if k != "seconds"} for row in found]  # noqa: E731
+    assert strip(rows(whole)) == strip(rows(continued))
+
+
+def test_a_run_of_another_process_is_passed_over(accuracy, sweep, trained, tmp_path, capsys):
+    with accuracy.locked(tmp_path / "runs" / "it" / "BP-original-seed1") as free:
+        assert free
+        sweep("--modes", "BP", "DFA", "--seeds", 1)
+    assert trained == [("--out", "DFA-original-seed1")]
+    assert "BP-original-seed1: another process is at it" in capsys.readouterr().out
+    sweep("--modes", "BP", "DFA", "--seeds", 1)
+    assert trained[1:] == [("--out", "BP-original-seed1")]
+
+
+def test_a_run_that_blows_up_is_counted_and_not_tried_again(sweep, trained):
+    flags = ("--modes", "BP", "--seeds", 1, "--lr", 1e6, "--wd", 1e6)
+    results = sweep("--modes", "DFA", "--seeds", 1)
+    for _ in range(2):
+        sweep(*flags)
+    assert len(trained) == 2
+    assert (
+        "| BP | original `--no-cuda --lr 1000000.0 --wd 1000000.0` |  |  |  |  | 0 | 1 |"
+        in (results / "table.md").read_text()
+    )
+
+
+def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(sweep, trained):
+    found = sweep("--search", "--modes", "FA", "DKP", name="search")
+    assert len(trained) == 6 and all(not any(key.startswith("test_") for key in row) for row in rows(found))
+    recipe = json.loads((found / "recipe.json").read_text())
+    accuracies = {}
+    for row in rows(found):
+        if row["epoch"] == "2":
+            accuracies.setdefault(row["mode"], []).append((float(row["validation_accuracy"]), row["flags"]))
+    for mode in ("FA", "DKP"):
+        best = max(accuracy for accuracy, _ in accuracies[mode])
+        assert (best, " ".join(recipe[mode])) in accuracies[mode]
+        flags = [flags for _, flags in accuracies[mode]]
+        assert len(set(flags)) == 3 and flags[0] == "--no-cuda"
+        assert all(("--b-lr" in settings) == (mode == "DKP") for settings in flags[1:])
+    results = sweep("--recipe", found / "recipe.json", "--modes", "DKP", "--seeds", 4, name="best")
+    assert {row["recipe"] for row in rows(results)} == {"best"} and (results / "accuracy.png").exists()
+
+
+def test_a_search_draws_the_same_settings_for_every_rule_all_over_their_ranges(accuracy):
+    of_dkp, of_bp = accuracy.trials("DKP", 9), accuracy.trials("BP", 9)
+    assert all(of_dkp[name][: len(flags)] == flags for name, flags in of_bp.items()) and len(of_bp) == 9
+    rates = sorted(float(flags[1]) for name, flags in of_bp.items() if name != "original")
+    assert 5e-4 <= rates[0] < 1e-3 and 1e-2 < rates[-1] <= 2e-2
+    for flags in (*of_dkp.values(), *of_bp.values()):
+        main.parse_arguments(["--train-mode", "DKP" if "--b-lr" in flags else "BP", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--modes", "XYZ"), "--modes"),
+        (("--seeds", "-1"), "--seeds"),
+        (("--recipe", "nowhere.json"), "--recipe: cannot read nowhere.json, expected original or a recipe.json"),
+        (("--recipe", "nowhere.json", "--search"), "--recipe does not go with --search"),
+        (("--out", "elsewhere"), "--out is for the sweep itself"),
+        (("--validation=3",), "--validation=3 is for the sweep itself"),
+        (("--foo",), "main.py: error: unrecognized arguments: --foo"),
+        (("--epochs", "3", "--modes", "BP", "--seeds", "1"), "has a sweep with other settings"),
+        (("--lr", "0.1", "--modes", "BP", "--seeds", "1"), "has a sweep with other settings"),
+    ],
+)
+def test_mistakes_are_one_line(sweep, tmp_path, capsys, flags, message):
+    if "--seeds" in flags and "-1" not in flags:
+        sweep("--modes", "BP", "--seeds", 1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        sweep(*flags)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_quick_leaves_nothing_behind(accuracy, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    assert accuracy.main(["--quick", "--modes", "BP", "--data", "nowhere"]) == 0
+    assert "| BP | original |" in capsys.readouterr().out and not list(tmp_path.iterdir())
