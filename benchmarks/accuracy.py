@@ -144,6 +144,8 @@ def is_over(folder: Path, epochs: int) -> bool:
 def train(run: Run, folder: Path, args: Namespace) -> None:
     """Train `run` to its end, from where it is; leave a file "failed" if its loss or weights were not finite.
 
+    A signal that comes while the last epoch is evaluated finds the run finished; a second one stops the next run.
+
     Raises:
         SystemExit: it was stopped by a signal, or main.py refused its command line.
     """
@@ -162,8 +164,8 @@ def train(run: Run, folder: Path, args: Namespace) -> None:
         (folder / "failed").touch()
 
 
-def sweep(runs: list[Run], everything: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
-    """Train all `runs` that are not over nor another process's; after each, write the results of `everything`."""
+def sweep(runs: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
+    """Train all `runs` that are not over nor another process's; after each, write the results of the whole sweep."""
     for number, run in enumerate(runs, start=1):
         folder = runs_folder / run.name
         with locked(folder) as free:
@@ -174,8 +176,8 @@ def sweep(runs: list[Run], everything: list[Run], runs_folder: Path, results: Pa
                 continue
             print(f"run {number}/{len(runs)}, {run.name}; {what_is_left(runs, runs_folder, args.epochs)}", flush=True)
             train(run, folder, args)
-        write_results(everything, runs_folder, results, args)
-    write_results(everything, runs_folder, results, args)
+        write_results(remembered(results, runs, args), runs_folder, results, args)
+    write_results(remembered(results, runs, args), runs_folder, results, args)
 
 
 def what_is_left(runs: list[Run], runs_folder: Path, epochs: int) -> str:
@@ -210,7 +212,7 @@ def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Names
     else:
         plot(rows, {f"{split}_accuracy": f"{split} accuracy, %"}, results / "accuracy.png", height_px=450)
         angles = [key for key in rows[0] if key.startswith("alignment_deg_")]
-        titles = {key: f"angle at {key.removeprefix('alignment_deg_')}, degrees" for key in angles}
+        titles = {key: f"angle to BP at {key.removeprefix('alignment_deg_')}, degrees" for key in angles}
         plot(rows, titles, results / "angles.png", height_px=350)
 
 
@@ -375,10 +377,10 @@ def main(argv: list[str] | None = None) -> int:
             name = args.name or f"cifar10-{name}-{args.epochs}-epochs"
             results = results_folder / name
             results.mkdir(parents=True, exist_ok=True)
-            everything = remembered(results, runs, args)
+            remembered(results, runs, args)
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        sweep(runs, everything, runs_folder / name, results, args)
+        sweep(runs, runs_folder / name, results, args)
         print((results / "table.md").read_text(), end="")
         print(f"see {', '.join(sorted(file.name for file in results.iterdir()))} in {results}")
     return 0
