@@ -30,6 +30,7 @@ from training.arguments import (
 from training.checkpoint import save_checkpoint
 from training.data import Batches, batches, epoch_order, load_images, normalise
 from training.loop import Job, fit, restore
+from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
 from training.setup import make_optimizers, set_learning_rates, wrap
 
@@ -80,6 +81,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status of `training.loop.fit`."""
     args, checkpoint, parser = parse_arguments(argv)
+    reuse_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     try:
         data = load_images(args.dataset, args.data).to(device)

@@ -38,6 +38,7 @@ from training.distributed import barrier, gather, rank, world_size
 from training.images import Source, cifar_source, folder_source
 from training.launch import check, launch, processes_per_node, restarts, under_torchrun
 from training.loop import Job, evaluate, fit, restore
+from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
 from training.setup import make_optimizers, set_learning_rates, wrap
 
@@ -176,6 +177,7 @@ def load_source(args: Namespace, device: torch.device) -> Source:
 
 def work(args: Namespace, device: torch.device) -> int:
     """What every process does: data, net, optimisers, and the loop. Return its exit status."""
+    reuse_memory()
     run = Path(gather(str(run_folder(args)))[0])  # where it is named by the time, rank 0's
     checkpoint = None
     try:

@@ -45,7 +45,7 @@ def alignment(
         ValueError: as `DirectFeedback` does in its forward pass.
     """
     with untouched(net.model), torch.enable_grad():
-        logits, activations = net.tapped_forward(x, cut=False)
+        logits, activations = net.tapped_forward(x)
         loss = loss_fn(logits, target)
         trained = [h for h in activations if h.requires_grad]
         error_NK, *grads = torch.autograd.grad(loss, [logits, *trained])

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedback.functional import check_logits, direct_feedback, is_channels_last
+from feedback.functional import (
+    broadcast_error,
+    check_logits,
+    check_point,
+    direct_feedback,
+    feedback_point,
+    is_channels_last,
+    refuse_float16,
+)
 from feedback.state import untouched
 
 RULES = ("BP", "DFA", "DKP")
@@ -73,7 +81,7 @@ class DirectFeedback(nn.Module):
         self.feedback_weight_decay = feedback_weight_decay or 0.0
         self.feedback = nn.Module()
         self._taps: dict[str, tuple[Tensor, int]] | None = None
-        self._cut = False
+        self._zeros: list[Tensor] | None = None
         # partial of a bound method: a deep copy's hooks then belong to the copy
         hooks = [
             model.get_submodule(point).register_forward_hook(functools.partial(self._tap, point))
@@ -82,7 +90,7 @@ class DirectFeedback(nn.Module):
         try:
             with untouched(model), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
                 model.eval()
-                logits, activations = self.tapped_forward(example, cut=False)
+                logits, activations = self.tapped_forward(example)
             check_logits(logits)
             for point, h in zip(self.points, activations, strict=True):
                 if h is logits:
@@ -133,18 +141,18 @@ class DirectFeedback(nn.Module):
         """Return the model's logits (N, K); raises ValueError as the class does."""
         if self.rule == "BP" or not (self.training and torch.is_grad_enabled()):
             return self.model(x)
-        logits, activations = self.tapped_forward(x, cut=True)
-        return direct_feedback(
-            logits,
-            activations,
-            self.matrices(),
-            inplace_lr=self._feedback_lr,
-            inplace_weight_decay=self.feedback_weight_decay,
-        )
+        self._zeros = zeros = []
+        try:
+            logits, _ = self.tapped_forward(x)
+        finally:
+            self._zeros = None
+        if self.update == "inplace":
+            refuse_float16(logits.device, logits.dtype)
+        return broadcast_error(logits, zeros)
 
-    def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
-        """Run the model; return its logits and each point's h_l. With `cut`, what flows on from h_l is detached."""
-        self._taps, self._cut = {}, cut
+    def tapped_forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the model as it is; return its logits and each point's h_l."""
+        self._taps = {}
         try:
             logits = self.model(x)
             taps = self._taps
@@ -169,7 +177,13 @@ class DirectFeedback(nn.Module):
         if point in self._taps:
             raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
         self._taps[point] = h, _version(h)
-        return h.detach() if self._cut else None
+        if self._zeros is None:
+            return None
+        feedback = getattr(self.feedback, _feedback_name(point))
+        check_point(h, feedback, len(h), len(feedback), f" {point!r}")
+        options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self.feedback_weight_decay}
+        self._zeros.append(feedback_point(h, feedback, **options))
+        return h.detach()
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, points={self.points}" + (f", update={self.update}" if self.rule == "DKP" else "")
