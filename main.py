@@ -1,4 +1,4 @@
-"""2-conv/2-FC net on CIFAR-10, trained by BP, DFA or DKP.
+"""2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA or DKP.
 
 Run:    python main.py --train-mode DKP --batch-size 50 --epochs 10 --seed 1
 Result: 64.47 % test accuracy (n=1; BP 69.00, DFA 59.29), 17 minutes on one thread of an AMD EPYC, torch 2.13.0
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from models import ConvNet
 from training.arguments import (
@@ -32,10 +31,21 @@ from training.data import Batches, batches, epoch_order, load_images, normalise
 from training.loop import Job, fit, restore
 from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
-from training.setup import make_optimizers, set_learning_rates, wrap
+from training.setup import SCHEDULES, make_optimizers, set_learning_rates, wrap
 
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = ("train_mode", "dataset", "b_update", "batch_size", "seed", "precision", "dry_run")
+FIXED_BY_THE_CHECKPOINT = (
+    "train_mode",
+    "dataset",
+    "b_update",
+    "batch_size",
+    "seed",
+    "precision",
+    "dry_run",
+    "fc_norm",
+    "schedule",
+    "validation",
+)
 
 
 def make_parser() -> Parser:
@@ -45,11 +55,14 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
     add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
+    add("--validation", type=positive_int, metavar="N", help="hold out N training images and test on them instead")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (default: 64)")
     add("--test-batch-size", type=positive_int, default=1000, metavar="N", help="images per test batch (default: 1000)")
     add("--epochs", type=positive_int, default=100, metavar="N", help="epochs in all, resumed ones too (default: 100)")
     add("--lr", type=nonnegative_float, default=5e-4, help="learning rate of SGD for the weights (default: 5e-4)")
     add("--wd", type=nonnegative_float, default=1e-6, help="weight decay of the weights (default: 1e-6)")
+    add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (default: constant)")
+    add("--fc-norm", action="store_true", help="batch norm in fc1, which the original's net does not have")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
     add("--seed", type=seed, default=1, help="of weights, B and data order (default: 1)")
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
@@ -75,6 +88,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
         args.epochs = 1
     if checkpoint is not None and checkpoint["epoch"] >= args.epochs:
         parser.error(f"the run in {args.resume} has done its {checkpoint['epoch']} epochs: raise --epochs to go on")
+    if checkpoint is not None and args.schedule != "constant" and checkpoint["args"]["epochs"] != args.epochs:
+        parser.error(f"--epochs: --schedule {args.schedule} was laid out for {checkpoint['args']['epochs']} epochs")
     return args, checkpoint, parser
 
 
@@ -85,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     try:
         data = load_images(args.dataset, args.data).to(device)
+        if args.validation is not None:
+            data = data.hold_out(args.validation)
         args.dataset = data.name
         name = f"{args.dataset}-{args.train_mode}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = Path(args.resume or args.out or f"runs/{name}")
@@ -94,11 +111,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
     torch.manual_seed(args.seed)
-    model = ConvNet(data.num_classes).to(device)
-    net = wrap(args, model, torch.zeros(1, 3, 32, 32, device=device), nn.init.kaiming_uniform_)
+    model = ConvNet(data.num_classes, args.fc_norm).to(device)
+    net = wrap(args, model, torch.zeros(1, 3, 32, 32, device=device))
     optimizers = make_optimizers(args, net, nesterov=True)
     images = len(data.x_train)
     limit = 1 if args.dry_run else None
+    steps = limit or math.ceil(images / args.batch_size)
 
     def train_batches(epoch: int, seen: int) -> Batches:
         order = epoch_order(images, args.seed, epoch)[seen:].to(device)
@@ -111,12 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         net=net,
         train_net=net,
         optimizers=optimizers,
-        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers),
+        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers, steps),
         train_batches=train_batches,
         test_batches=test_batches,
         probe=(normalise(data.x_train[:PROBE_IMAGES]), data.y_train[:PROBE_IMAGES]),
         train_images=images,
-        steps=limit or math.ceil(images / args.batch_size),
+        steps=steps,
         epochs=args.epochs,
         folder=run,
         settings={key: value for key, value in vars(args).items() if key not in ("out", "resume")},
@@ -125,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         command=f"python main.py --resume {run}",
         bfloat16=args.precision == "bf16",
         log_interval=args.log_interval,
+        split="test" if args.validation is None else "validation",
     )
     try:
         if checkpoint is not None:

@@ -1,4 +1,4 @@
-"""AlexNet with batch norm on CIFAR-100 or an ImageNet folder, by BP, DFA or DKP, in one process or many.
+"""AlexNet with batch norm on CIFAR-100 or an ImageNet folder, by BP, FA, KP, DFA or DKP, in one process or many.
 
 Run:    python alexnet/main.py --multiprocessing-distributed
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
@@ -54,6 +54,7 @@ NOT_KEPT = OF_THE_RUN | OF_THE_PROCESSES | {"multiprocessing_distributed"}
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="alexnet/main.py", description=__doc__)
+    parser.set_defaults(schedule="constant")
     add = parser.add_argument
     add(
         "data", nargs="?", default="data", metavar="DATA", help="folder where data are found and kept (default: ./data)"
@@ -199,7 +200,7 @@ def work(args: Namespace, device: torch.device) -> int:
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     if args.channels_last:
         model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
-    init = nn.init.zeros_ if args.train_mode == "DKP" else nn.init.kaiming_uniform_
+    init = nn.init.zeros_ if args.train_mode == "DKP" else None
     net = wrap(args, model, example, init)
     optimizers = make_optimizers(args, net, nesterov=False)
     torch.manual_seed(args.seed + rank())  # dropout: another mask on every rank
@@ -212,16 +213,17 @@ def work(args: Namespace, device: torch.device) -> int:
     if args.compile:
         net.compile()
     steps = math.ceil(source.train_images / global_batch_size(args))
+    steps = min(steps, args.limit_batches or steps)
     job = Job(
         net=net,
         train_net=train_net,
         optimizers=optimizers,
-        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers),
+        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers, steps),
         train_batches=source.train_batches,
         test_batches=lambda: itertools.islice(source.test_batches(), args.limit_batches),
         probe=source.probe,
         train_images=source.train_images,
-        steps=min(steps, args.limit_batches or steps),
+        steps=steps,
         epochs=args.epochs,
         folder=run,
         settings={key: value for key, value in vars(args).items() if key not in NOT_KEPT},

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedback.functional import as_rows
+from feedback.functional import as_rows, direct_feedback
 from feedback.state import untouched
 from feedback.wrapper import DirectFeedback
 
@@ -24,16 +24,22 @@ def angle_deg(u_ND: Tensor, v_ND: Tensor) -> Tensor:
 def alignment(
     net: DirectFeedback, x: Tensor, target: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 ) -> dict[str, dict[str, float]]:
-    """Compare `net`'s learning signals with backpropagation's, same weights, same batch, in the net's current mode.
+    """Compare `net`'s gradients with backpropagation's, same weights, same batch, in the net's current mode.
 
-    One forward and one backward pass of plain backpropagation; parameters, `.grad`, B, BatchNorm statistics and
-    random numbers are left as they were. For each feedback point:
+    A forward and a backward pass by the rule, and both by backpropagation; parameters, `.grad`, B, BatchNorm statistics
+    and random numbers are left as they were. The result has a key for each feedback point, with
 
-    - `alignment_deg`: degrees between e @ B_l and dL/dh_l, per sample, averaged over the samples whose two signals
-      are not zero (Lillicrap et al. 2016 use this angle; 90 is chance, 0 is backpropagation). NaN where all are, and
-      at a point with nothing to train at or below it.
+    - `alignment_deg`: degrees between the rule's signal (e @ B_l, or what FA and KP send down) and dL/dh_l, per sample,
+      averaged over the samples whose two signals are not zero (Lillicrap et al. 2016 use this angle; 90 is chance, 0 is
+      backpropagation). NaN where all are zero, and at a point whose block has nothing to train.
     - `logit_cosine`: the mean cosine between the logits and h_l @ B_l^T, which the original code of DKP logs as
-      "cos_alignment"; not an angle between gradients. NaN for BP, which has no B.
+      "cos_alignment"; not an angle between gradients. NaN for BP, FA and KP, which have no such B.
+
+    and then a key for each trained parameter, by its name in the model, with
+
+    - `parameter_deg`: degrees between the rule's and backpropagation's gradient of it over the whole batch, each as one
+      vector. NaN where one is zero. Where it is zero but for rounding, as for a bias in front of BatchNorm, the angle
+      says nothing.
 
     Args:
         net: the wrapped model.
@@ -44,22 +50,32 @@ def alignment(
     Raises:
         ValueError: as `DirectFeedback` does in its forward pass.
     """
-    with untouched(net.model), torch.enable_grad():
-        logits, activations = net.tapped_forward(x)
-        loss = loss_fn(logits, target)
-        trained = [h for h in activations if h.requires_grad]
-        error_NK, *grads = torch.autograd.grad(loss, [logits, *trained])
-    bp_grads = [grads.pop(0) if h.requires_grad else torch.zeros_like(h) for h in activations]
-    matrices = net.matrices()
+    parameters = {name: p for name, p in net.model.named_parameters() if p.requires_grad}
+    matrices = [B.detach() for B in net.matrices()]
+
+    def gradients(by_rule: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits, activations, and the gradients of activations and parameters; zeros for one that gets none."""
+        with untouched(net.model), torch.enable_grad():
+            logits, activations = net.tapped_forward(x, cut=by_rule)
+            routed = direct_feedback(logits, activations, matrices) if by_rule and matrices else logits
+            tensors = [*activations, *parameters.values()]
+            learning = [tensor for tensor in tensors if tensor.requires_grad]
+            loss = loss_fn(routed, target)
+            grads = iter(torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True))
+        return logits.detach(), activations, [next(grads) if t.requires_grad else torch.zeros_like(t) for t in tensors]
+
+    _, _, rule_grads = gradients(by_rule=True)
+    logits, activations, bp_grads = gradients(by_rule=False)
     result = {}
-    for i, (point, h, bp_grad) in enumerate(zip(net.points, activations, bp_grads, strict=True)):
-        bp_ND = as_rows(bp_grad, channels_last=False).float()
+    for i, (point, h) in enumerate(zip(net.points, activations, strict=True)):
+        rule_ND, bp_ND = (as_rows(grads[i], channels_last=False).float() for grads in (rule_grads, bp_grads))
+        cosine = float("nan")
         if matrices:
-            feedback_KD = as_rows(matrices[i].detach(), channels_last=False).float()
-            rule_ND = error_NK.float() @ feedback_KD
+            feedback_KD = as_rows(matrices[i], channels_last=False).float()
             readout_NK = as_rows(h.detach(), channels_last=False).float() @ feedback_KD.T
-            cosine = F.cosine_similarity(logits.detach().float(), readout_NK).mean().item()
-        else:
-            rule_ND, cosine = bp_ND, float("nan")
+            cosine = F.cosine_similarity(logits.float(), readout_NK).mean().item()
         result[point] = {"alignment_deg": angle_deg(rule_ND, bp_ND).nanmean().item(), "logit_cosine": cosine}
+    of_parameters = (grads[len(activations) :] for grads in (rule_grads, bp_grads))
+    for name, rule, bp in zip(parameters, *of_parameters, strict=True):
+        result[name] = {"parameter_deg": angle_deg(rule.reshape(1, -1).float(), bp.reshape(1, -1).float()).item()}
     return result

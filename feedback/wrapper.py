@@ -17,9 +17,11 @@ from feedback.functional import (
     is_channels_last,
     refuse_float16,
 )
+from feedback.layerwise import LAYERWISE, feedback_layers, layer_feedback
 from feedback.state import untouched
 
-RULES = ("BP", "DFA", "DKP")
+RULES = ("BP", *LAYERWISE, "DFA", "DKP")
+CHAINED = ("BP", *LAYERWISE)  # a block's backward waits for the block above
 UPDATES = ("optimizer", "inplace")
 
 
@@ -30,7 +32,11 @@ class DirectFeedback(nn.Module):
     e = dL/dlogits. So every block's backward needs only e, and no gradient with respect to a block's input is
     ever computed. The loss is called, and `backward()` with it, as on any other module.
 
-    Rules: `BP` is plain autograd and has no B. `DFA` (Nokland 2016) keeps each B_l fixed, as a buffer. `DKP`
+    Rules: `BP` is plain autograd and has no B. `FA` (Lillicrap et al. 2016) and `KP` (Kolen, Pollack 1994; Akrout et
+    al. 2019) go backward layer by layer as BP does, but every Conv2d and Linear whose input needs a gradient has a B
+    of its weight's shape and sends it the error through B; here the points only say where angles are measured. FA
+    keeps B fixed, as a buffer. KP's B is a Parameter and gets W's gradient, to be stepped as W is.
+    `DFA` (Nokland 2016) keeps each B_l fixed, as a buffer. `DKP`
     (Webster, Choi, Ahn 2020) learns it from grad_B_l = e^T @ h_l, as a Parameter, in one of two ways:
     `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser over `net.feedback.parameters()`;
     `update="inplace"` steps B_l inside the backward pass by plain SGD with `feedback_lr` and
@@ -41,22 +47,24 @@ class DirectFeedback(nn.Module):
         model: maps one Tensor (N, ...) to logits (N, K). It gets forward hooks, by which a deep copy of the model
             alone also copies this wrapper.
         points: names of submodules, each called once a forward pass, each returning one Tensor h_l (N, ...).
-        rule: "BP", "DFA" or "DKP".
+        rule: one of `RULES`.
         example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
             once through the model, without effect on BatchNorm statistics or random numbers, to learn the shapes.
         update: "optimizer" or "inplace" (DKP only).
         feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled or not.
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
-        init: fills each B_l, seen as a (K, D_l) float matrix, in place. The default has fan-in D_l, as the original.
+        init: fills each B_l, seen as a (K, D_l) float matrix, in place. The default is kaiming-uniform with fan-in D_l,
+            as the original; for FA and KP, whose B is seen as (O, I, ...), the one of PyTorch's layers for W.
 
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
-            for ".".
+            for "."; for FA and KP, of the weight's shape under its layer's name.
 
     Raises:
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
-            further up (DKP needs it as it was); logits that are not (N, K); options that the rule does not use.
+            further up (DKP needs it as it was); logits that are not (N, K); options that the rule does not use; for
+            FA and KP, what `feedback.layerwise.feedback_layers` refuses.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class DirectFeedback(nn.Module):
         update: str = "optimizer",
         feedback_lr: float | None = None,
         feedback_weight_decay: float | None = None,
-        init: Callable[[Tensor], Any] = nn.init.kaiming_uniform_,
+        init: Callable[[Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
         _check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
@@ -81,6 +89,7 @@ class DirectFeedback(nn.Module):
         self.feedback_weight_decay = feedback_weight_decay or 0.0
         self.feedback = nn.Module()
         self._taps: dict[str, tuple[Tensor, int]] | None = None
+        self._cut = False
         self._zeros: list[Tensor] | None = None
         # partial of a bound method: a deep copy's hooks then belong to the copy
         hooks = [
@@ -90,7 +99,7 @@ class DirectFeedback(nn.Module):
         try:
             with untouched(model), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
                 model.eval()
-                logits, activations = self.tapped_forward(example)
+                logits, activations = self.tapped_forward(example, cut=False)
             check_logits(logits)
             for point, h in zip(self.points, activations, strict=True):
                 if h is logits:
@@ -99,13 +108,21 @@ class DirectFeedback(nn.Module):
                     )
             # an empty B of the right shape for each point: the function's own checks, in one place
             direct_feedback(logits, activations, [h.new_empty(logits.shape[-1], *h.shape[1:]) for h in activations])
+            layers = feedback_layers(model, example) if rule in LAYERWISE else {}
+            for name, needs_feedback in layers.items():
+                layer = model.get_submodule(name)
+                replace = functools.partial(self._replace_backward, name)
+                hooks.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
+                if needs_feedback:
+                    as_weight = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
+                    self._add_feedback(name, len(layer.weight), layer.weight.detach(), init or as_weight)
         except BaseException:
             for hook in hooks:
                 hook.remove()
             raise
-        if rule != "BP":
+        if rule not in CHAINED:
             for point, h in zip(self.points, activations, strict=True):
-                self._add_feedback(point, logits.shape[1], h, init)
+                self._add_feedback(point, logits.shape[1], h, init or nn.init.kaiming_uniform_)
 
     def _add_feedback(self, point: str, classes: int, h: Tensor, init: Callable[[Tensor], Any]) -> None:
         matrix_KD = torch.empty(classes, math.prod(h.shape[1:]))  # on the CPU: a seed gives one B on every device
@@ -114,15 +131,17 @@ class DirectFeedback(nn.Module):
         if is_channels_last(h):
             matrix = matrix.to(memory_format=torch.channels_last)
         name = _feedback_name(point)
-        if self.rule == "DKP":
+        if hasattr(self.feedback, name):
+            raise ValueError(f"layer {point!r} has the name of another but for '.' and '_': rename the module")
+        if self.rule in ("KP", "DKP"):
             parameter = nn.Parameter(matrix, requires_grad=self.update == "optimizer")
             self.feedback.register_parameter(name, parameter)
         else:
             self.feedback.register_buffer(name, matrix)
 
     def matrices(self) -> list[Tensor]:
-        """The feedback matrices B_l, (K, *h_l.shape[1:]), in the order of `points`; empty for BP."""
-        if self.rule == "BP":
+        """The feedback matrices B_l, (K, *h_l.shape[1:]), in the order of `points`; empty for BP, FA and KP."""
+        if self.rule in CHAINED:
             return []
         return [getattr(self.feedback, _feedback_name(point)) for point in self.points]
 
@@ -141,18 +160,23 @@ class DirectFeedback(nn.Module):
         """Return the model's logits (N, K); raises ValueError as the class does."""
         if self.rule == "BP" or not (self.training and torch.is_grad_enabled()):
             return self.model(x)
+        if self.rule in LAYERWISE:
+            return self.tapped_forward(x, cut=True)[0]
         self._zeros = zeros = []
         try:
-            logits, _ = self.tapped_forward(x)
+            logits, _ = self.tapped_forward(x, cut=True)
         finally:
             self._zeros = None
         if self.update == "inplace":
             refuse_float16(logits.device, logits.dtype)
         return broadcast_error(logits, zeros)
 
-    def tapped_forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the model as it is; return its logits and each point's h_l."""
-        self._taps = {}
+    def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
+        """Run the model; return its logits and each point's h_l.
+
+        With `cut`, as the rule trains: what flows on from h_l is detached, or (FA, KP) goes back through B; BP is BP.
+        """
+        self._taps, self._cut = {}, cut
         try:
             logits = self.model(x)
             taps = self._taps
@@ -177,13 +201,27 @@ class DirectFeedback(nn.Module):
         if point in self._taps:
             raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
         self._taps[point] = h, _version(h)
-        if self._zeros is None:
+        if not self._cut or self.rule in CHAINED:
             return None
-        feedback = getattr(self.feedback, _feedback_name(point))
-        check_point(h, feedback, len(h), len(feedback), f" {point!r}")
-        options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self.feedback_weight_decay}
-        self._zeros.append(feedback_point(h, feedback, **options))
+        if self._zeros is not None:
+            feedback = getattr(self.feedback, _feedback_name(point))
+            check_point(h, feedback, len(h), len(feedback), f" {point!r}")
+            options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self.feedback_weight_decay}
+            self._zeros.append(feedback_point(h, feedback, **options))
         return h.detach()
+
+    def _replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Tensor) -> Tensor | None:
+        if self._taps is None or not self._cut:
+            return None
+        x = inputs[0] if inputs else named["input"]
+        feedback = getattr(self.feedback, _feedback_name(name), None)
+        if feedback is not None:
+            return layer_feedback(layer, x, out, feedback)
+        if x.requires_grad:
+            raise ValueError(
+                f"the input of layer {name!r} needs a gradient, expected none as at construction: it has no B"
+            )
+        return None
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, points={self.points}" + (f", update={self.update}" if self.rule == "DKP" else "")
@@ -211,7 +249,7 @@ def _check_options(
     if update not in UPDATES:
         raise ValueError(f"update is {update!r}, expected one of {UPDATES}")
     if update == "inplace" and rule != "DKP":
-        raise ValueError(f'update="inplace" needs rule "DKP", got {rule!r}: its B is not learned')
+        raise ValueError(f'update="inplace" needs rule "DKP", got {rule!r}')
     if (update == "inplace") != (feedback_lr is not None):
         raise ValueError(f'feedback_lr goes with update="inplace": got feedback_lr={feedback_lr}, update={update!r}')
     if feedback_weight_decay is not None and update != "inplace":

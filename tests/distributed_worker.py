@@ -49,7 +49,7 @@ def train(net, train_net, rank, world, steps, folder):
         net=net,
         train_net=train_net,
         optimizers=[torch.optim.SGD(learned, 0.1, momentum=0.9, weight_decay=0.01)],
-        set_learning_rates=lambda epoch: {},
+        set_learning_rates=lambda epoch, step: {},
         train_batches=batches,
         test_batches=lambda: iter(()),
         probe=next(batches(1, 0))[:2],

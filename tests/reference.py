@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def cross_entropy_error(logits: Tensor, target: Tensor) -> Tensor:
@@ -85,3 +85,44 @@ def mlp_gradients(
         [delta.sum(0) for delta in deltas],
         [error.T @ h for h in inputs[1:]],
     )
+
+
+def unfolding(layer: nn.Conv2d) -> dict[str, tuple[int, int]]:
+    """The windows of a convolution, as `F.unfold` and `F.fold` take them."""
+    same = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    padding = {"same": same, "valid": (0, 0)}.get(layer.padding, layer.padding)
+    return {"kernel_size": layer.kernel_size, "dilation": layer.dilation, "padding": padding, "stride": layer.stride}
+
+
+def layerwise_gradients(
+    layers: dict[str, nn.Module], matrices: dict[str, Tensor], x: Tensor, target: Tensor
+) -> dict[str, Tensor]:
+    """FA's gradients of a chain of Conv2d and Linear layers with tanh between them, by parameter name.
+
+    A convolution is a matrix product over unfolded patches, (N, groups, inputs of a group's patch, places).
+    `matrices` has B for every layer but the first; under KP each B gets the gradient of its weight.
+    """
+    inputs, a = [], None
+    for layer in layers.values():
+        inputs.append(x if a is None else a.tanh())
+        if isinstance(layer, nn.Conv2d):
+            patches = F.unfold(inputs[-1], **unfolding(layer)).unflatten(1, (layer.groups, -1))
+            a = torch.einsum("goi,ngip->ngop", layer.weight.reshape(layer.groups, -1, patches.shape[2]), patches)
+            a = a.reshape(layer(inputs[-1]).shape) + (0 if layer.bias is None else layer.bias.view(-1, 1, 1))
+        else:
+            a = inputs[-1].flatten(1) @ layer.weight.T + layer.bias
+    grad_a, gradients = cross_entropy_error(a, target), {}
+    for (name, layer), h in zip(reversed(layers.items()), reversed(inputs), strict=True):
+        B = matrices.get(name, torch.zeros_like(layer.weight))
+        if isinstance(layer, nn.Conv2d):
+            patches = F.unfold(h, **unfolding(layer)).unflatten(1, (layer.groups, -1))
+            grads = grad_a.flatten(2).unflatten(1, (layer.groups, -1))
+            gradients[f"{name}.weight"] = torch.einsum("ngop,ngip->goi", grads, patches).reshape(layer.weight.shape)
+            gradients[f"{name}.bias"] = grad_a.sum((0, 2, 3))
+            grad_patches = torch.einsum("goi,ngop->ngip", B.reshape(layer.groups, -1, patches.shape[2]), grads)
+            grad_h = F.fold(grad_patches.flatten(1, 2), h.shape[2:], **unfolding(layer))
+        else:
+            gradients[f"{name}.weight"], gradients[f"{name}.bias"] = grad_a.T @ h.flatten(1), grad_a.sum(0)
+            grad_h = (grad_a @ B).view_as(h)
+        grad_a = grad_h * (1 - h**2)
+    return gradients

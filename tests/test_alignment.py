@@ -1,6 +1,7 @@
 """The alignment angle: what it is for BP, for a fresh B, and that measuring it leaves no trace."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -23,17 +24,62 @@ def make(rule, **options):
 
 
 def test_angle_is_zero_for_bp():
-    result = alignment(make("BP"), *probe())
-    assert list(result) == ["conv1", "conv2", "fc1"]
-    for values in result.values():
-        assert values["alignment_deg"] < 1e-3
-        assert math.isnan(values["logit_cosine"])
+    net = make("BP")
+    net.model.fc1.add_module("dropout", nn.Dropout())
+    result = alignment(net, *probe())
+    assert list(result) == ["conv1", "conv2", "fc1", *(name for name, _ in net.model.named_parameters())]
+    for point in net.points:
+        assert result[point]["alignment_deg"] < 1e-3
+        assert math.isnan(result[point]["logit_cosine"])
+    for name, _ in net.model.named_parameters():
+        assert result[name]["parameter_deg"] < 1e-3
 
 
-def test_angle_is_about_90_for_a_fresh_random_b():
-    for values in alignment(make("DFA"), *probe(64)).values():
-        assert abs(values["alignment_deg"] - 90) < 10
-        assert abs(values["logit_cosine"]) < 0.9
+@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP"])
+def test_angle_is_about_90_for_a_fresh_random_b(rule):
+    net = make(rule)
+    result = alignment(net, *probe(64))
+    for point in net.points:
+        assert abs(result[point]["alignment_deg"] - 90) < 10
+        assert math.isnan(result[point]["logit_cosine"]) == (rule in ("FA", "KP"))
+    for name in ("conv1.conv.weight", "conv2.conv.weight", "fc1.linear.weight"):
+        assert abs(result[name]["parameter_deg"] - 90) < 30  # one angle, of one batch
+    assert result["fc2.weight"]["parameter_deg"] < 1e-3  # the output layer needs no B
+
+
+@pytest.mark.parametrize("rule", ["FA", "KP"])
+def test_angle_is_zero_where_the_layers_b_is_their_weight(rule):
+    net = make(rule)
+    for name, B in net.feedback.state_dict(keep_vars=True).items():
+        B.data.copy_(net.model.get_submodule(name.replace("_", ".")).weight.data)
+    for values in alignment(net, *probe()).values():
+        assert values.get("alignment_deg", 0) < 0.05
+
+
+@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP"])
+def test_angles_are_between_the_gradients_that_training_gets(rule):
+    net = make(rule)
+    x, y = probe(8)
+    result = alignment(net, x, y)
+    bare = copy.deepcopy(net.model)
+    signals = []
+    for model in (net, bare):
+        kept = {}
+        for point in net.points:
+            block = (net.model if model is net else bare).get_submodule(point)
+            keep = functools.partial(kept.__setitem__, point)
+            block.register_forward_hook(lambda m, i, h, keep=keep: h.register_hook(keep) and None, prepend=True)
+        F.cross_entropy(model(x), y).backward()
+        signals.append(kept)
+    for point in net.points:
+        cosines = F.cosine_similarity(*(kept[point].flatten(1).double() for kept in signals))
+        assert result[point]["alignment_deg"] == pytest.approx(cosines.acos().rad2deg().mean().item(), abs=1e-3)
+    for name, parameter in bare.named_parameters():
+        if "conv.bias" not in name:
+            got = net.model.get_parameter(name).grad
+            cosine = F.cosine_similarity(got.flatten().double(), parameter.grad.flatten().double(), dim=0)
+            expected = cosine.clamp(max=1).acos().rad2deg().item()
+            assert result[name]["parameter_deg"] == pytest.approx(expected, abs=0.05), name
 
 
 def test_angle_is_zero_where_feedback_is_the_forward_path():
@@ -43,7 +89,9 @@ def test_angle_is_zero_where_feedback_is_the_forward_path():
     net = DirectFeedback(model, ("0", "1"), "DFA", x)
     net.matrices()[0].copy_((model[2].weight @ model[1].weight).detach())
     net.matrices()[1].copy_(model[2].weight.detach())
-    assert all(values["alignment_deg"] < 1e-2 for values in alignment(net, x, y).values())
+    result = alignment(net, x, y)
+    assert all(result[point]["alignment_deg"] < 1e-2 for point in net.points)
+    assert all(result[name]["parameter_deg"] < 1e-2 for name, _ in model.named_parameters())
     net.matrices()[1].neg_()
     assert alignment(net, x, y)["1"]["alignment_deg"] == pytest.approx(180, abs=1e-2)
 
@@ -76,6 +124,7 @@ def test_a_point_with_nothing_to_train_below_has_no_angle():
     net.model.conv1.requires_grad_(False)
     result = alignment(net, *probe(4))
     assert math.isnan(result["conv1"]["alignment_deg"]) and result["conv2"]["alignment_deg"] > 0
+    assert "conv1.conv.weight" not in result and result["conv2.conv.weight"]["parameter_deg"] > 0
 
 
 @pytest.mark.parametrize("update", [{}, {"update": "inplace", "feedback_lr": 0.5}])
@@ -91,7 +140,8 @@ def test_measuring_leaves_no_trace(update):
 
 
 @pytest.mark.parametrize(
-    ("rule", "options"), [("BP", {}), ("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1})]
+    ("rule", "options"),
+    [("BP", {}), ("FA", {}), ("KP", {}), ("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1})],
 )
 def test_every_rule_learns_and_dkp_aligns(rule, options):
     torch.manual_seed(0)
@@ -109,7 +159,8 @@ def test_every_rule_learns_and_dkp_aligns(rule, options):
         optimizer.step()
         losses.append(loss.item())
         if step in (0, 200):
-            angles.append({point: values["alignment_deg"] for point, values in alignment(net, x, y).items()})
-    assert losses[-1] < 0.3 * losses[0]
-    if rule == "DKP":
+            result = alignment(net, x, y)
+            angles.append({point: result[point]["alignment_deg"] for point in net.points})
+    assert losses[-1] < (0.5 if rule == "FA" else 0.3) * losses[0]
+    if rule in ("KP", "DKP"):
         assert all(angles[1][point] < angles[0][point] - 15 for point in net.points), angles

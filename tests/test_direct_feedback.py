@@ -14,8 +14,11 @@ from feedback import DirectFeedback, direct_feedback
 from models import ConvNet
 
 LEARNING = [("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01})]
-ALL = [("BP", {}), *LEARNING]
-IDS = ["BP", "DFA", "DKP-optimizer", "DKP-inplace"]
+IDS = ["DFA", "DKP-optimizer", "DKP-inplace"]
+WITH_B = [("FA", {}), ("KP", {}), *LEARNING]
+WITH_B_IDS = ["FA", "KP", *IDS]
+ALL = [("BP", {}), *WITH_B]
+ALL_IDS = ["BP", *WITH_B_IDS]
 
 
 def small_net(dtype=torch.float64):
@@ -183,7 +186,7 @@ class InputGradientCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=IDS)
+@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
 def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
     net = make(rule, **options)
     x, y = data()
@@ -191,14 +194,15 @@ def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
     with InputGradientCounter(net) as counter:
         loss.backward()
     assert counter.convolution_backwards == 2
-    expected = (1, 2) if rule == "BP" else (0, 0)  # BP: all layers but the first, whose input is data
-    assert (counter.convolution_inputs, counter.linear_inputs) == expected
+    # BP, and FA and KP through B: all layers but the first, whose input is data
+    convolutions, linears = {"BP": (1, 2), "FA": (1, 0), "KP": (1, 0)}.get(rule, (0, 0))
+    assert (counter.convolution_inputs, counter.linear_inputs) == (convolutions, linears)
 
 
 # --- any use of a module
 
 
-@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS[1:])
+@pytest.mark.parametrize(("rule", "options"), WITH_B, ids=WITH_B_IDS)
 @pytest.mark.parametrize("batch", [1, 2, 9])
 def test_any_batch_size(rule, options, batch):
     net = make(rule, **options)
@@ -208,7 +212,7 @@ def test_any_batch_size(rule, options, batch):
         assert found["model.0.0.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("rule", ["DFA", "DKP"])
+@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP"])
 def test_gradients_accumulate(rule):
     net = make(rule)
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
@@ -220,7 +224,7 @@ def test_gradients_accumulate(rule):
         torch.testing.assert_close(value, first[name] + second[name])
 
 
-@pytest.mark.parametrize("rule", ["DFA", "DKP"])
+@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP"])
 def test_two_forwards_before_one_backward(rule):
     net = make(rule)
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
@@ -251,7 +255,7 @@ def test_two_forwards_before_one_backward_step_b_twice_in_place():
     assert any(matches)
 
 
-@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS[1:])
+@pytest.mark.parametrize(("rule", "options"), WITH_B, ids=WITH_B_IDS)
 @pytest.mark.parametrize("converted", ["before", "after"])
 def test_channels_last_equals_contiguous(rule, options, converted):
     x, y = data()
@@ -266,7 +270,7 @@ def test_channels_last_equals_contiguous(rule, options, converted):
     if converted == "after":
         net = net.to(memory_format=torch.channels_last)
     got = step(net, x.to(memory_format=torch.channels_last), y)
-    assert net.matrices()[0].is_contiguous(memory_format=torch.channels_last)
+    assert next(iter(net.feedback.state_dict().values())).is_contiguous(memory_format=torch.channels_last)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
@@ -294,7 +298,7 @@ def plain_direct_feedback_gradients(net, x, y):
     return dict(zip(parameters, torch.autograd.grad(surrogate, list(parameters.values())), strict=True))
 
 
-@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS[1:])
+@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS)
 def test_bfloat16_autocast_is_as_exact_as_plain_pytorch(rule, options):
     x, y = data(16)
     exact_net = make(rule, **options)
@@ -319,7 +323,7 @@ def test_bfloat16_autocast_is_as_exact_as_plain_pytorch(rule, options):
         assert (change - expected).norm() <= 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=IDS)
+@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
 def test_compiles_without_a_graph_break(rule, options):
     torch._dynamo.reset()
     net = make(rule, torch.float32, **options)
@@ -338,7 +342,7 @@ def test_compiles_without_a_graph_break(rule, options):
             torch.testing.assert_close(B, expected_B)
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=IDS)
+@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
 def test_deep_copy_is_independent(rule, options):
     net = make(rule, **options)
     twin = copy.deepcopy(net)
@@ -351,7 +355,7 @@ def test_deep_copy_is_independent(rule, options):
         assert mine.data_ptr() != theirs.data_ptr()
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=IDS)
+@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
 def test_state_dict_round_trip_into_a_fresh_object(rule, options, tmp_path):
     net = make(rule, **options)
     x, y = data()
@@ -368,7 +372,7 @@ def test_state_dict_round_trip_into_a_fresh_object(rule, options, tmp_path):
     assert len(in_state) == (0 if rule == "BP" else 3)
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=IDS)
+@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
 def test_eval_and_no_grad_are_the_bare_model(rule, options):
     net = make(rule, **options)
     x, _ = data()
@@ -479,7 +483,7 @@ def test_a_refused_model_is_left_without_hooks():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS[1:])
+@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS)
 def test_an_output_changed_in_place_further_up_is_refused_where_it_is_needed(rule, options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))

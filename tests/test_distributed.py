@@ -9,6 +9,8 @@ from training.launch import free_port
 
 MODES = {
     "BP": ("BP", {}),
+    "FA": ("FA", {}),
+    "KP": ("KP", {}),
     "DFA": ("DFA", {}),
     "DKP-optimizer": ("DKP", {}),
     "DKP-inplace": ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}),
@@ -41,5 +43,5 @@ def test_two_ranks_equal_one_process(name, trained, tmp_path):
     for key, value in alone.state_dict().items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value)
-        fixed = ".1.running" in key or ".1.num" in key or (rule == "DFA" and key.startswith("feedback"))
+        fixed = ".1.running" in key or ".1.num" in key or (rule in ("FA", "DFA") and key.startswith("feedback"))
         assert torch.equal(start[key], value) == fixed, key

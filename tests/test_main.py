@@ -16,10 +16,13 @@ from training.checkpoint import CONTENT, load_checkpoint, save_checkpoint
 
 MODES = {
     "BP": ["--train-mode", "BP"],
+    "FA": ["--train-mode", "FA"],
+    "KP": ["--train-mode", "KP"],
     "DFA": ["--train-mode", "DFA"],
     "DKP-optimizer": ["--train-mode", "DKP"],
     "DKP-inplace": ["--train-mode", "DKP", "--b-update", "inplace"],
 }
+RESUMED = MODES | {"one-cycle": ["--schedule", "one-cycle", "--fc-norm"]}
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
@@ -67,7 +70,7 @@ def test_two_epochs_and_two_more_equal_four_bit_for_bit(run, mode, tmp_path):
     assert len(metrics(tmp_path / "straight")) == 4
 
 
-@each_mode
+@pytest.mark.parametrize("mode", RESUMED.values(), ids=RESUMED)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_resume_goes_on_exactly(run, mode, number, tmp_path, monkeypatch, capsys):
     assert run(*mode, "--epochs", 3, out="straight") == 0
@@ -115,6 +118,11 @@ def test_the_run_folder_holds_all_that_is_promised(run, tmp_path, capsys):
     for point in ("conv1", "conv2", "fc1"):
         assert 0 < float(rows[1][f"alignment_deg_{point}"]) < 180
         assert -1 <= float(rows[1][f"logit_cosine_{point}"]) <= 1
+    of_parameters = {key: float(value) for key, value in rows[1].items() if key.startswith("parameter_deg_")}
+    weights = ("conv1.conv", "conv2.conv", "fc1.linear", "fc2")
+    assert list(of_parameters) == [f"parameter_deg_{layer}.weight" for layer in weights]
+    assert of_parameters.pop("parameter_deg_fc2.weight") < 1e-3
+    assert all(0 < value < 180 for value in of_parameters.values())
     assert list(folder.glob("events.out.tfevents.*"))
     model = main.ConvNet()
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
@@ -220,6 +228,73 @@ def test_optimizers_are_the_originals(run, tmp_path):
     assert (feedback["lr"], feedback["weight_decay"]) == (0.0625, 0.25)
 
 
+def test_kolen_pollacks_b_is_in_the_weights_optimizer(run, tmp_path):
+    run("--train-mode", "KP", "--epochs", 1, "--lr", 0.125, "--wd", 0.5)
+    (group,) = checkpoint(tmp_path / "run")["optimizers"][0]["param_groups"]
+    assert len(checkpoint(tmp_path / "run")["optimizers"]) == 1
+    assert len(group["params"]) == len(list(main.ConvNet().parameters())) + 3
+    assert (group["lr"], group["weight_decay"], group["nesterov"]) == (0.125, 0.5, True)
+    (row,) = metrics(tmp_path / "run")
+    assert row["lr"] == row["feedback_lr"] == "0.125"
+
+
+@pytest.mark.parametrize("mode", ["KP", "DKP"])
+def test_one_cycle_rises_and_falls_and_leaves_b_to_gamma(run, tmp_path, monkeypatch, mode):
+    def note(*args):
+        rates.append(set_learning_rates(*args))
+        return rates[-1]
+
+    rates, set_learning_rates = [], main.set_learning_rates
+    monkeypatch.setattr(main, "set_learning_rates", note)
+    flags = ("--train-mode", mode, "--schedule", "one-cycle", "--lr", 0.01, "--epochs", 3)
+    run(*flags)  # 4 steps an epoch; at the end of each its row asks once more
+    del rates[4::5]
+    lr = [step["lr"] for step in rates]
+    assert lr[0] == pytest.approx(0.01 * 0.5 / 12 / 0.3) and 0 < lr[-1] < 0.01 / 50
+    assert lr[:4] == sorted(lr[:4]) and lr[4:] == sorted(lr[4:], reverse=True) and 0.0095 < max(lr) < 0.01
+    of_b = [step["feedback_lr"] for step in rates]
+    assert of_b == (lr if mode == "KP" else [1e-4 * 0.8**epoch for epoch in range(3) for _ in range(4)])
+    (last,) = checkpoint(tmp_path / "run")["optimizers"][0]["param_groups"]
+    assert last["lr"] == lr[-1] == float(metrics(tmp_path / "run")[-1]["lr"])
+
+
+def test_fc_norm_is_a_batch_norm_in_fc1(run, tmp_path):
+    run("--epochs", 1, "--fc-norm", "--save-model")
+    model = main.ConvNet(fc_norm=True)
+    model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
+    assert [type(module).__name__ for module in model.fc1] == ["Linear", "BatchNorm1d", "ReLU"]
+    assert [type(module).__name__ for module in main.ConvNet().fc1] == ["Linear", "ReLU"]
+
+
+def test_validation_holds_out_training_images_and_never_sees_the_test_set(run, tmp_path, data_folder, capsys):
+    flags = ("--validation", 16, "--lr", 0, "--wd", 0, "--train-mode", "BP")
+    run(*flags, "--epochs", 1, "--save-model")
+    (row,) = metrics(tmp_path / "run")
+    assert not [key for key in row if key.startswith("test_")]
+    images = data.load_images("cifar10", data_folder)
+    held = data.epoch_order(40, 0, 0)[-16:]
+    model = main.ConvNet()
+    model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
+    with torch.no_grad():
+        logits = model.eval()(data.normalise(images.x_train[held]))
+    accuracy = 100 * (logits.argmax(1) == images.y_train[held]).double().mean().item()
+    assert float(row["validation_accuracy"]) == pytest.approx(accuracy)
+    kept = images.hold_out(16)
+    assert torch.equal(torch.cat([kept.y_train, kept.y_test]), images.y_train[data.epoch_order(40, 0, 0)])
+    assert "validation accuracy" in capsys.readouterr().out
+    run("--resume", tmp_path / "run", "--epochs", 2)
+    assert len(metrics(tmp_path / "run")) == 2
+    np.savez(data_folder / "cifar10.npz", **cifar10_with_another_test_set(data_folder))
+    run(*flags, "--epochs", 1, out="again")
+    assert metrics(tmp_path / "again")[0] == row
+    assert_refused(capsys, lambda: run("--validation", 40, out="all"), "cannot hold out 40 of 40 training images")
+
+
+def cifar10_with_another_test_set(folder):
+    with np.load(folder / "cifar10.npz") as arrays:
+        return {key: value[::-1] if key == "x_test" else value for key, value in arrays.items()}
+
+
 def test_gamma_schedules_b_in_place(run, tmp_path):
     feedback = {}
     for gamma in (0, 1):
@@ -273,6 +348,7 @@ def assert_refused(capsys, call, *fragments):
     [
         ("--train-mode", "XYZ"),
         ("--dataset", "imagenet"),
+        ("--schedule", "step"),
         ("--batch-size", "0"),
         ("--batch-size", "-3"),
         ("--test-batch-size", "0"),
@@ -299,7 +375,7 @@ def test_bad_values_are_refused(run, capsys, flags):
 
 
 @pytest.mark.parametrize("flag", [("--b-lr", 1e-3), ("--b-wd", 0), ("--gamma", 0.5), ("--b-update", "inplace")])
-@pytest.mark.parametrize("mode", ["BP", "DFA"])
+@pytest.mark.parametrize("mode", ["BP", "FA", "KP", "DFA"])
 def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag):
     assert_refused(capsys, lambda: run("--train-mode", mode, *flag), flag[0], f"needs --train-mode DKP, got {mode}")
 
@@ -335,6 +411,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--b-update", "inplace"), "--b-update")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--batch-size", 8), "--batch-size")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--seed", 3), "--seed")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--validation", 9), "has None, got 9")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--fc-norm"), "--fc-norm", "has False, got True")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--schedule", "one-cycle"), "--schedule")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 1), "has done its 1 epochs: raise --epochs")
     assert_refused(capsys, lambda: run(*resume, "--out", tmp_path / "other"), "--out does not go with --resume")
     state = checkpoint(folder)
@@ -354,6 +433,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "cannot read checkpoint")
     (folder / "checkpoint.pt").write_bytes(b"")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "cannot read checkpoint")
+
+
+def test_a_one_cycle_run_keeps_its_length(run, capsys, tmp_path):
+    run("--epochs", 1, "--schedule", "one-cycle")
+    message = "--epochs: --schedule one-cycle was laid out for 1 epochs"
+    assert_refused(capsys, lambda: run("--resume", tmp_path / "run", "--epochs", 2), message)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(run, capsys, tmp_path):

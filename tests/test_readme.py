@@ -12,7 +12,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_the_snippet_runs(capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(snippet, "README.md", "exec"), {})
-    assert 0 < float(capsys.readouterr().out) < 180
+    angles = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(angles) == 2 and all(0 < angle < 180 for angle in angles)
 
 
 def test_every_command_of_main_parses():

@@ -130,8 +130,9 @@ def parse_run_arguments(
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         for key in fixed:
-            if getattr(args, key) != saved.get(key):
-                parser.error(f"{flag(key)}: the run in {args.resume} has {saved.get(key)}, got {getattr(args, key)}")
+            had = parser.get_default(key)
+            if getattr(args, key) != had:
+                parser.error(f"{flag(key)}: the run in {args.resume} has {had}, got {getattr(args, key)}")
     if args.train_mode == "DKP":
         args.b_update = args.b_update or "optimizer"
         defaults = dict(parser.feedback_defaults)
@@ -143,5 +144,6 @@ def parse_run_arguments(
     else:
         for key in ("b_update", *parser.feedback_defaults):
             if getattr(args, key) is not None:
-                parser.error(f"{flag(key)} needs --train-mode DKP, got {args.train_mode}: B is not trained")
+                why = "B is trained as W is" if args.train_mode == "KP" else "B is not trained"
+                parser.error(f"{flag(key)} needs --train-mode DKP, got {args.train_mode}: {why}")
     return args, checkpoint

@@ -91,6 +91,20 @@ class ImageSet:
         """A fingerprint of the images and labels, in their order."""
         return sha256_of({key: getattr(self, key).cpu().numpy() for key in ARRAYS})
 
+    def hold_out(self, n: int) -> "ImageSet":
+        """The same set with `n` training images, the last of an order that is always the same, as its test images.
+
+        Raises:
+            ValueError: no training image would be left.
+        """
+        if n >= len(self.x_train):
+            raise ValueError(f"cannot hold out {n} of {len(self.x_train)} training images, expected fewer")
+        order = epoch_order(len(self.x_train), 0, 0).to(self.x_train.device)
+        train, held = order[:-n], order[-n:]
+        source = f"{self.source} (the test images are {n} of its training images)"
+        x, y = self.x_train, self.y_train
+        return replace(self, source=source, x_train=x[train], y_train=y[train], x_test=x[held], y_test=y[held])
+
     def to(self, device: torch.device) -> "ImageSet":
         """The same set with its tensors on `device`."""
         return replace(self, **{key: getattr(self, key).to(device) for key in ARRAYS})

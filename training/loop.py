@@ -32,10 +32,12 @@ class Job:
     """What there is to train, and on what.
 
     net: the wrapped model; train_net: the same inside DistributedDataParallel, where there are several ranks.
-    optimizers: W's, then B's if it has one. set_learning_rates: sets those of an epoch (1 is the first), returns them.
+    optimizers: W's, then B's if it has one. set_learning_rates: sets those of an epoch's step (1 is the first of
+        either), returns them.
     train_batches: (epoch, images of it that all ranks have seen) to this rank's rest of the epoch, as images (N, ...),
         labels (N,) and the number of images of all ranks together; as many batches on every rank.
-    test_batches: to this rank's share of the test images. probe: images and labels to measure the angles on.
+    test_batches: to this rank's share of the test images, or of those that `split` names.
+    probe: images and labels to measure the angles on.
     train_images, steps: of an epoch, all ranks together; an epoch ends after that many steps, even with batches left.
     settings: the script's arguments, plain data, kept in the checkpoint. data: a fingerprint of the training data.
     command: the line that resumes the run.
@@ -44,7 +46,7 @@ class Job:
     net: DirectFeedback
     train_net: nn.Module
     optimizers: list[torch.optim.Optimizer]
-    set_learning_rates: Callable[[int], dict[str, float | None]]
+    set_learning_rates: Callable[[int, int], dict[str, float | None]]
     train_batches: Callable[[int, int], Batches]
     test_batches: Callable[[], Batches]
     probe: tuple[Tensor, Tensor]
@@ -58,6 +60,7 @@ class Job:
     command: str
     checkpoint_name: str = "checkpoint.pt"
     best_name: str | None = None
+    split: str = "test"
     bfloat16: bool = False
     log_interval: int = 10
     epoch: int = 0
@@ -91,8 +94,8 @@ def save(job: Job) -> None:
         state |= {"epoch": job.epoch, "rows": job.rows}
         state |= {"net": job.net.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in job.optimizers]}
         save_checkpoint(job.folder / job.checkpoint_name, state)
-        best = max((row["test_accuracy"] for row in job.rows), default=0)
-        if job.best_name and job.tally["step"] == 0 and job.rows and job.rows[-1]["test_accuracy"] == best:
+        best = max((row[f"{job.split}_accuracy"] for row in job.rows), default=0)
+        if job.best_name and job.tally["step"] == 0 and job.rows and job.rows[-1][f"{job.split}_accuracy"] == best:
             save_checkpoint(job.folder / job.best_name, state)
     barrier()
 
@@ -171,6 +174,7 @@ def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bo
     with bar:
         left = job.steps - tally["step"]
         for x, y, together in itertools.islice(job.train_batches(job.epoch + 1, tally["seen"]), left):
+            job.set_learning_rates(job.epoch + 1, tally["step"] + 1)
             for optimizer in job.optimizers:
                 optimizer.zero_grad()
             with job.precision():
@@ -227,27 +231,34 @@ def evaluate(job: Job) -> dict[str, float]:
         images += len(y)
     loss, correct, correct5, images = sum_over_ranks([loss, correct, correct5, images], job.device)
     return {
-        "test_loss": loss / images,
-        "test_accuracy": 100 * correct / images,
-        "test_top5_accuracy": 100 * correct5 / images,
+        f"{job.split}_loss": loss / images,
+        f"{job.split}_accuracy": 100 * correct / images,
+        f"{job.split}_top5_accuracy": 100 * correct5 / images,
     }
 
 
-def epoch_row(job: Job, learning_rates: dict[str, float | None]) -> dict[str, float | None]:
-    """Evaluate a finished epoch, print its line on rank 0, and return its row of metrics.csv; accuracies in percent."""
+def epoch_row(job: Job) -> dict[str, float | None]:
+    """Evaluate a finished epoch, print its line on rank 0, and return its row of metrics.csv.
+
+    Accuracies are in percent, angles in degrees; the learning rates are those of the last step.
+    """
     train_loss, train_accuracy = train_metrics(job)
     row = {"epoch": job.epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy}
-    row |= evaluate(job) | learning_rates | {"seconds": job.tally["seconds"]}
+    row |= evaluate(job) | job.set_learning_rates(job.epoch + 1, job.steps) | {"seconds": job.tally["seconds"]}
     angles: dict[str, dict[str, float]] = {}
     if rank() == 0:
         with job.precision():
             angles = alignment(job.net.train(), *job.probe)
-    row |= {f"{key}_{point}": value for point, values in angles.items() for key, value in values.items()}
+        of_vectors = {name for name, parameter in job.net.model.named_parameters() if parameter.dim() == 1}
+        angles = {
+            name: values for name, values in angles.items() if name not in of_vectors
+        }  # weights are telling enough
+    row |= {f"{key}_{name}": value for name, values in angles.items() for key, value in values.items()}
     if rank() == 0:
-        degrees = " ".join(f"{point} {values['alignment_deg']:.1f}" for point, values in angles.items())
+        degrees = " ".join(f"{point} {angles[point]['alignment_deg']:.1f}" for point in job.net.points)
         print(
             f"epoch {job.epoch + 1}/{job.epochs}: train loss {train_loss:.4f}, accuracy {train_accuracy:.2f} %; "
-            f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2f} %; "
+            f"{job.split} loss {row[f'{job.split}_loss']:.4f}, accuracy {row[f'{job.split}_accuracy']:.2f} %; "
             f"angle to BP in degrees {degrees}; {row['seconds']:.0f} s, "
             f"{job.tally['seen'] / row['seconds']:.0f} images/s",
             flush=True,
@@ -256,9 +267,9 @@ def epoch_row(job: Job, learning_rates: dict[str, float | None]) -> dict[str, fl
 
 
 def is_sound(job: Job) -> bool:
-    """Whether weights, B and the last test loss are finite."""
+    """Whether weights, B and the last loss on the test images are finite."""
     finite = all(bool(parameter.isfinite().all()) for parameter in job.net.parameters())
-    return finite and (not job.rows or math.isfinite(job.rows[-1]["test_loss"]))
+    return finite and (not job.rows or math.isfinite(job.rows[-1][f"{job.split}_loss"]))
 
 
 def fit(job: Job) -> int:
@@ -283,8 +294,8 @@ def fit(job: Job) -> int:
             print(f"stopped at {where}; go on with: {job.command}", file=sys.stderr)
         return 128 + (stop.signal or signal.SIGTERM)
     if rank() == 0:
-        accuracy = job.rows[-1]["test_accuracy"]
-        print(f"test accuracy {accuracy:.2f} % after {job.epoch} epochs; see {job.folder}")
+        accuracy = job.rows[-1][f"{job.split}_accuracy"]
+        print(f"{job.split} accuracy {accuracy:.2f} % after {job.epoch} epochs; see {job.folder}")
     return 0
 
 
@@ -301,12 +312,13 @@ def train(job: Job, stop: StopRequest) -> None:
         writer = SummaryWriter(job.folder, purge_step=purge_step) if rank() == 0 else None
     with contextlib.closing(writer) if writer else contextlib.nullcontext():
         while job.epoch < job.epochs:
-            learning_rates = job.set_learning_rates(job.epoch + 1)
             finished = train_epoch(job, stop, writer)
             if finished:
-                job.rows.append(epoch_row(job, learning_rates))
+                job.rows.append(epoch_row(job))
             if not is_sound(job):
-                raise NonFiniteLossError(f"weights or test loss are not finite after epoch {job.epoch + 1}: stopped")
+                raise NonFiniteLossError(
+                    f"weights or {job.split} loss are not finite after epoch {job.epoch + 1}: stopped"
+                )
             if finished:
                 job.epoch, job.tally = job.epoch + 1, new_tally()
             with writing():

@@ -92,10 +92,10 @@ def hardware(device: torch.device) -> str:
 
 
 def write_metrics(path: Path, rows: list[dict[str, float | None]]) -> None:
-    """Write all rows so far as CSV, whole or not at all; the first row names the columns, None and NaN stay empty."""
+    """Write all rows so far as CSV, whole or not at all; None, NaN and what a row lacks stay empty."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         for row in rows:
             writer.writerow({key: "" if value is None or math.isnan(value) else value for key, value in row.items()})

@@ -1,5 +1,6 @@
 """From a script's arguments to a wrapped net, its optimisers and their learning rates."""
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,13 @@ from torch import Tensor, nn
 
 from feedback import DirectFeedback
 
+SCHEDULES = ("constant", "one-cycle")
+WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
 
-def wrap(args: Namespace, model: nn.Module, example: Tensor, init: Callable[[Tensor], Any]) -> DirectFeedback:
+
+def wrap(
+    args: Namespace, model: nn.Module, example: Tensor, init: Callable[[Tensor], Any] | None = None
+) -> DirectFeedback:
     """Wrap `model` at its own points, by the rule and the update of B that the arguments name."""
     inplace = {}
     if args.b_update == "inplace":
@@ -19,8 +25,8 @@ def wrap(args: Namespace, model: nn.Module, example: Tensor, init: Callable[[Ten
 
 
 def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> list[torch.optim.Optimizer]:
-    """SGD with momentum for the weights and, where an optimiser trains B, Adam for B."""
-    weights = net.model.parameters()
+    """SGD with momentum for the weights, and for KP's B with them; where B has an optimiser of its own, Adam for B."""
+    weights = net.parameters() if args.train_mode == "KP" else net.model.parameters()
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(weights, args.lr, momentum=args.momentum, nesterov=nesterov, weight_decay=args.wd, fused=True)
     ]
@@ -29,17 +35,31 @@ def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> lis
     return optimizers
 
 
-def set_learning_rates(
-    args: Namespace, net: DirectFeedback, optimizers: list[torch.optim.Optimizer], epoch: int
-) -> dict[str, float | None]:
-    """Set the learning rates of `epoch`, 1 for the first: W's is constant, B's decays by gamma an epoch.
+def one_cycle(done: float) -> float:
+    """The factor on a learning rate after the share `done`, 0 to 1, of all steps (Smith, Topin 2018).
 
-    A function of the arguments and the epoch alone, so that a resumed run finds it. Returns both, None for no B.
+    Linearly from 0 to 1 over the share WARM_UP, then along half a cosine to 0.
     """
+    if done < WARM_UP:
+        return done / WARM_UP
+    return (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+
+
+def set_learning_rates(
+    args: Namespace, net: DirectFeedback, optimizers: list[torch.optim.Optimizer], steps: int, epoch: int, step: int
+) -> dict[str, float | None]:
+    """Set the learning rates of `step` of the `steps` of `epoch`, both 1 for the first.
+
+    The schedule is W's, and KP's B follows W; DKP's B decays by gamma an epoch. A function of the arguments and of the
+    step alone, so that a resumed run finds it. Returns both, None for a B that does not learn.
+    """
+    lr = args.lr
+    if args.schedule == "one-cycle":
+        lr *= one_cycle(((epoch - 1) * steps + step - 0.5) / (args.epochs * steps))  # a step is at its middle
     b_lr = args.b_lr * args.gamma ** (epoch - 1) if args.train_mode == "DKP" else None
-    for optimizer, lr in zip(optimizers, (args.lr, b_lr), strict=False):
+    for optimizer, value in zip(optimizers, (lr, b_lr), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = value
     if args.b_update == "inplace":
         net.feedback_lr = b_lr
-    return {"lr": args.lr, "feedback_lr": b_lr}
+    return {"lr": lr, "feedback_lr": lr if args.train_mode == "KP" else b_lr}
