@@ -1,4 +1,4 @@
-"""2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA or DKP.
+"""2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA, DKP or LAS.
 
 Run:    python main.py --train-mode DKP --batch-size 50 --epochs 10 --seed 1
 Result: 64.47 % test accuracy (n=1; BP 69.00, DFA 59.29), 17 minutes on one thread of an AMD EPYC, torch 2.13.0

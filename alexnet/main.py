@@ -1,4 +1,4 @@
-"""AlexNet with batch norm on CIFAR-100 or an ImageNet folder, by BP, FA, KP, DFA or DKP, in one process or many.
+"""AlexNet with batch norm on CIFAR-100 or an ImageNet folder, by BP, FA, KP, DFA, DKP or LAS, in one process or many.
 
 Run:    python alexnet/main.py --multiprocessing-distributed
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from feedback import LEARNED
 from models import AlexNet
 from training.arguments import (
     Parser,
@@ -200,7 +201,7 @@ def work(args: Namespace, device: torch.device) -> int:
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     if args.channels_last:
         model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
-    init = nn.init.zeros_ if args.train_mode == "DKP" else None
+    init = nn.init.zeros_ if args.train_mode in LEARNED else None
     net = wrap(args, model, example, init)
     optimizers = make_optimizers(args, net, nesterov=False)
     torch.manual_seed(args.seed + rank())  # dropout: another mask on every rank

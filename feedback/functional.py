@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,7 +43,8 @@ class FeedbackPoint(torch.autograd.Function):
 
         grad_h = e @ B                                  (N, D)  DFA, Nokland 2016
         grad_B = e^T @ h                                (K, D)  DKP, Webster, Choi, Ahn 2020
-        B     <- B - lr (e^T @ h + wd B)                where `inplace_lr` is given, instead of returning grad_B
+        grad_B = (softmax(h @ B^T) - target)^T @ h / N  (K, D)  LAS, after Yang, Lee, Park 2024: B as a readout of h
+        B     <- B - lr (grad_B + wd B)                 where `inplace_lr` is given, instead of returning grad_B
 
     Not computed: anything with respect to a block's input. The activations come in cut from one another, so no
     block waits for the blocks above it. B is read in its own memory order, and h is brought to it.
@@ -50,38 +52,43 @@ class FeedbackPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inplace_lr: Tensor | None, inplace_weight_decay: float, h: Tensor, feedback: Tensor
+        ctx: Any,
+        inplace_lr: Tensor | None,
+        inplace_weight_decay: float,
+        target: Tensor | None,
+        h: Tensor,
+        feedback: Tensor,
     ) -> Tensor:
-        ctx.inplace, ctx.inplace_weight_decay, ctx.dtype = inplace_lr is not None, inplace_weight_decay, h.dtype
-        if ctx.inplace:
-            # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
-            ctx.save_for_backward(feedback.data, h, inplace_lr)
-        elif feedback.requires_grad:
-            ctx.save_for_backward(feedback, h)
-        else:
-            ctx.save_for_backward(feedback)
+        ctx.inplace_weight_decay, ctx.dtype = inplace_weight_decay, h.dtype
+        learns = feedback.requires_grad or inplace_lr is not None
+        # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
+        saved = feedback if inplace_lr is None else feedback.data
+        ctx.save_for_backward(saved, h if learns else None, target, inplace_lr)
         return feedback.new_zeros(()).expand(len(h), len(feedback))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
-        feedback, *saved = ctx.saved_tensors
+        feedback, h, target, inplace_lr = ctx.saved_tensors
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)
         error = error_NK.to(ctx.dtype)
         grad_h = grad_feedback = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             grad_h_ND = learning_signal(error, feedback_KD.to(ctx.dtype))
             grad_h = from_rows(grad_h_ND, feedback.shape[1:], channels_last)
-        if ctx.inplace:
-            h, lr = saved
-            h_ND = as_rows(h, channels_last).to(feedback.dtype)
-            step_in_place(feedback_KD, error_NK.to(feedback.dtype), h_ND, lr, ctx.inplace_weight_decay)
-        elif ctx.needs_input_grad[3]:
-            h_ND = as_rows(saved[0], channels_last)
-            grad_feedback_KD = add_correlation(feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype), error, h_ND)
-            grad_feedback = from_rows(grad_feedback_KD.to(feedback.dtype), feedback.shape[1:], channels_last)
-        return None, None, grad_h, grad_feedback
+        if h is not None:
+            h_ND = as_rows(h, channels_last)
+            if target is not None:
+                error = readout_error(h_ND, feedback_KD.to(ctx.dtype), target)
+            if inplace_lr is not None:
+                error, h_ND = error.to(feedback.dtype), h_ND.to(feedback.dtype)
+                step_in_place(feedback_KD, error, h_ND, inplace_lr, ctx.inplace_weight_decay)
+            elif ctx.needs_input_grad[4]:
+                new_KD = feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype)
+                grad_feedback_KD = add_correlation(new_KD, error.to(ctx.dtype), h_ND).to(feedback.dtype)
+                grad_feedback = from_rows(grad_feedback_KD, feedback.shape[1:], channels_last)
+        return None, None, None, grad_h, grad_feedback
 
 
 class Broadcast(torch.autograd.Function):
@@ -126,6 +133,12 @@ def add_correlation(target_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: flo
     return target_KD
 
 
+def readout_error(h_ND: Tensor, feedback_KD: Tensor, target_N: Tensor) -> Tensor:
+    """e_l = (softmax(h @ B^T) - target) / N, (N, K): what B gets wrong as a readout of h; its dL/dlogits."""
+    guess_NK = (h_ND @ feedback_KD.T).float().softmax(1)
+    return (guess_NK - F.one_hot(target_N, len(feedback_KD))) / len(target_N)
+
+
 def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: float) -> None:
     """B <- B - lr (e^T @ h + wd B) where B lies; with several ranks, e^T @ h is averaged over them first."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -144,6 +157,7 @@ def feedback_point(
     h: Tensor,
     feedback: Tensor,
     *,
+    target: Tensor | None = None,
     inplace_lr: float | Tensor | None = None,
     inplace_weight_decay: float = 0.0,
 ) -> Tensor:
@@ -152,12 +166,15 @@ def feedback_point(
     Args:
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
-        inplace_lr, inplace_weight_decay: as in `direct_feedback`.
+        target, inplace_lr, inplace_weight_decay: as in `direct_feedback`.
 
     Raises:
         ValueError: as `direct_feedback` does.
     """
     check_point(h, feedback, len(h), len(feedback), "")
+    if target is not None:
+        check_target(target, len(h))
+        refuse_float16(h.device, h.dtype)
     if inplace_lr is not None:
         refuse_float16(h.device, h.dtype)
         if feedback.requires_grad or not (feedback.is_contiguous() or is_channels_last(feedback)):
@@ -166,7 +183,7 @@ def feedback_point(
                 f" channels_last memory, got requires_grad={feedback.requires_grad} and strides {feedback.stride()}"
             )
         inplace_lr = torch.as_tensor(inplace_lr, dtype=torch.float64)
-    return FeedbackPoint.apply(inplace_lr, inplace_weight_decay, h, feedback)
+    return FeedbackPoint.apply(inplace_lr, inplace_weight_decay, target, h, feedback)
 
 
 def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
@@ -191,6 +208,7 @@ def direct_feedback(
     activations: Sequence[Tensor],
     matrices: Sequence[Tensor],
     *,
+    target: Tensor | None = None,
     inplace_lr: float | Tensor | None = None,
     inplace_weight_decay: float = 0.0,
 ) -> Tensor:
@@ -204,6 +222,9 @@ def direct_feedback(
         logits: (N, K), the network's output before the loss.
         activations: h_l, each (N, ...), still attached to its own block's graph.
         matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient gets e^T @ h_l.
+        target: (N,) class ids. If given, B_l learns as a linear readout of h_l instead, from its own error: e_l =
+            (softmax(h_l @ B_l^T) - target) / N stands for e in e^T @ h_l, but not in e @ B_l. That is LAS, the linear
+            form of Yang, Lee, Park 2024. No factor on the loss enters e_l.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. Where
             torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number, or a Tensor of
@@ -212,7 +233,8 @@ def direct_feedback(
 
     Raises:
         ValueError: logits that are not a Tensor (N, K), an activation or a matrix of another shape, as many matrices
-            as activations not given, a B that the update in place cannot write to, or that update in float16.
+            as activations not given, a target that is no (N,) class ids, a B that the update in place cannot write to,
+            or that update or LAS in float16.
     """
     check_logits(logits)
     if len(activations) != len(matrices):
@@ -222,7 +244,7 @@ def direct_feedback(
     if inplace_lr is not None:
         refuse_float16(logits.device, logits.dtype)
     zeros = [
-        feedback_point(h, feedback, inplace_lr=inplace_lr, inplace_weight_decay=inplace_weight_decay)
+        feedback_point(h, feedback, target=target, inplace_lr=inplace_lr, inplace_weight_decay=inplace_weight_decay)
         for h, feedback in zip(activations, matrices, strict=True)
     ]
     return broadcast_error(logits, zeros)
@@ -239,12 +261,12 @@ def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str
 
 
 def refuse_float16(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError where an update of B in place would see float16, by autocast or by `dtype`."""
+    """Raise ValueError where B would learn in a way that a GradScaler upsets, by autocast to float16 or by `dtype`."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     if torch.float16 in (autocast, dtype):
         raise ValueError(
-            "the update of B in place got float16, expected float32 or bfloat16: a GradScaler's factor would enter"
-            ' B. Use bfloat16, or update="optimizer"'
+            "the update of B in place, and LAS, got float16, expected float32 or bfloat16: a GradScaler's factor would"
+            ' enter B. Use bfloat16, or DKP with update="optimizer"'
         )
 
 
@@ -252,6 +274,13 @@ def check_logits(logits: Any) -> None:
     """Raise ValueError unless `logits` is a Tensor (N, K)."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(f"direct feedback needs logits of shape (N, K), got {shape_of(logits)}")
+
+
+def check_target(target: Any, batch: int) -> None:
+    """Raise ValueError unless `target` is class ids (N,)."""
+    if not isinstance(target, Tensor) or target.shape != (batch,) or target.is_floating_point():
+        kind = f"{target.dtype} {shape_of(target)}" if isinstance(target, Tensor) else shape_of(target)
+        raise ValueError(f"target is {kind}, expected class ids ({batch},)")
 
 
 def shape_of(x: Any) -> str:
