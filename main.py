@@ -1,4 +1,4 @@
-"""2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA or DKP.
+"""2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA, DKP or LAS.
 
 Run:    python main.py --train-mode DKP --batch-size 50 --epochs 10 --seed 1
 Result: 64.47 % test accuracy (n=1; BP 69.00, DFA 59.29), 17 minutes on one thread of an AMD EPYC, torch 2.13.0
@@ -29,6 +29,7 @@ from training.arguments import (
 from training.checkpoint import save_checkpoint
 from training.data import Batches, batches, epoch_order, load_images, normalise
 from training.loop import Job, fit, restore
+from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
 from training.setup import SCHEDULES, make_optimizers, set_learning_rates, wrap
 
@@ -95,6 +96,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status of `training.loop.fit`."""
     args, checkpoint, parser = parse_arguments(argv)
+    reuse_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     try:
         data = load_images(args.dataset, args.data).to(device)

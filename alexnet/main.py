@@ -1,4 +1,4 @@
-"""AlexNet with batch norm on CIFAR-100 or an ImageNet folder, by BP, FA, KP, DFA or DKP, in one process or many.
+"""AlexNet with batch norm on CIFAR-100 or an ImageNet folder, by BP, FA, KP, DFA, DKP or LAS, in one process or many.
 
 Run:    python alexnet/main.py --multiprocessing-distributed
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from feedback import LEARNED
 from models import AlexNet
 from training.arguments import (
     Parser,
@@ -38,6 +39,7 @@ from training.distributed import barrier, gather, rank, world_size
 from training.images import Source, cifar_source, folder_source
 from training.launch import check, launch, processes_per_node, restarts, under_torchrun
 from training.loop import Job, evaluate, fit, restore
+from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
 from training.setup import make_optimizers, set_learning_rates, wrap
 
@@ -177,6 +179,7 @@ def load_source(args: Namespace, device: torch.device) -> Source:
 
 def work(args: Namespace, device: torch.device) -> int:
     """What every process does: data, net, optimisers, and the loop. Return its exit status."""
+    reuse_memory()
     run = Path(gather(str(run_folder(args)))[0])  # where it is named by the time, rank 0's
     checkpoint = None
     try:
@@ -198,7 +201,7 @@ def work(args: Namespace, device: torch.device) -> int:
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     if args.channels_last:
         model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
-    init = nn.init.zeros_ if args.train_mode == "DKP" else None
+    init = nn.init.zeros_ if args.train_mode in LEARNED else None
     net = wrap(args, model, example, init)
     optimizers = make_optimizers(args, net, nesterov=False)
     torch.manual_seed(args.seed + rank())  # dropout: another mask on every rank

@@ -2,6 +2,6 @@
 
 from feedback.alignment import alignment
 from feedback.functional import direct_feedback
-from feedback.wrapper import RULES, UPDATES, DirectFeedback
+from feedback.wrapper import LEARNED, RULES, UPDATES, DirectFeedback
 
-__all__ = ["RULES", "UPDATES", "DirectFeedback", "alignment", "direct_feedback"]
+__all__ = ["LEARNED", "RULES", "UPDATES", "DirectFeedback", "alignment", "direct_feedback"]

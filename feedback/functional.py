@@ -1,4 +1,9 @@
-"""The direct-feedback star: one autograd Function that sends the error at the logits to every feedback point.
+"""The direct-feedback star: the error at the logits goes straight to every feedback point.
+
+Two autograd Functions make it. `FeedbackPoint` stands at a block's output and holds the products with B; `Broadcast`
+stands at the logits and hands e = dL/dlogits to all of them. Autograd runs a node's backward in the reverse order of
+its making, so a point that is made as its block ends turns e into the block's learning signal when that block's own
+backward is next: one signal lives at a time, and it is still in the cache when it is read.
 
 Shapes: N batch, K classes, D features of one block (feature maps are flattened to D).
 """
@@ -8,8 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+FEW_IMAGES, CACHED_BYTES = range(16, 7, -1), 2**21  # see `images_at_a_time`
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -30,13 +38,13 @@ def from_rows(rows_ND: Tensor, shape: torch.Size, channels_last: bool) -> Tensor
     return rows_ND.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
-class DirectFeedbackFunction(torch.autograd.Function):
-    """Identity on the logits. In the backward pass e = dL/dlogits goes straight to every feedback point l:
+class FeedbackPoint(torch.autograd.Function):
+    """A zero of the error's shape (N, K) forward. In the backward pass e = dL/dlogits, the gradient of that zero, gives
 
-        grad_logits = e                                 (N, K)
-        grad_h_l    = e @ B_l                           (N, D_l)  DFA, Nokland 2016
-        grad_B_l    = e^T @ h_l                         (K, D_l)  DKP, Webster, Choi, Ahn 2020
-        B_l        <- B_l - lr (e^T @ h_l + wd B_l)     where `inplace_lr` is given, instead of returning grad_B_l
+        grad_h = e @ B                                  (N, D)  DFA, Nokland 2016
+        grad_B = e^T @ h                                (K, D)  DKP, Webster, Choi, Ahn 2020
+        grad_B = (softmax(h @ B^T) - target)^T @ h / N  (K, D)  LAS, after Yang, Lee, Park 2024: B as a readout of h
+        B     <- B - lr (grad_B + wd B)                 where `inplace_lr` is given, instead of returning grad_B
 
     Not computed: anything with respect to a block's input. The activations come in cut from one another, so no
     block waits for the blocks above it. B is read in its own memory order, and h is brought to it.
@@ -47,44 +55,88 @@ class DirectFeedbackFunction(torch.autograd.Function):
         ctx: Any,
         inplace_lr: Tensor | None,
         inplace_weight_decay: float,
-        logits_NK: Tensor,
-        *activations_and_matrices: Tensor,
+        target: Tensor | None,
+        h: Tensor,
+        feedback: Tensor,
     ) -> Tensor:
-        points = len(activations_and_matrices) // 2
-        activations, matrices = activations_and_matrices[:points], activations_and_matrices[points:]
-        inplace = inplace_lr is not None
-        ctx.inplace, ctx.inplace_weight_decay = inplace, inplace_weight_decay
-        ctx.dtypes = [h.dtype for h in activations]
+        ctx.inplace_weight_decay, ctx.dtype = inplace_weight_decay, h.dtype
+        learns = feedback.requires_grad or inplace_lr is not None
         # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
-        ctx.save_for_backward(
-            *(B.data if inplace else B for B in matrices),
-            *([inplace_lr] if inplace else []),
-            *(h for h, B in zip(activations, matrices, strict=True) if inplace or B.requires_grad),
-        )
+        saved = feedback if inplace_lr is None else feedback.data
+        ctx.save_for_backward(saved, h if learns else None, target, inplace_lr)
+        return feedback.new_zeros(()).expand(len(h), len(feedback))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
+        feedback, h, target, inplace_lr = ctx.saved_tensors
+        channels_last = is_channels_last(feedback)
+        feedback_KD = as_rows(feedback, channels_last)
+        error = error_NK.to(ctx.dtype)
+        grad_h = grad_feedback = None
+        if ctx.needs_input_grad[3]:
+            grad_h_ND = learning_signal(error, feedback_KD.to(ctx.dtype))
+            grad_h = from_rows(grad_h_ND, feedback.shape[1:], channels_last)
+        if h is not None:
+            h_ND = as_rows(h, channels_last)
+            if target is not None:
+                error = readout_error(h_ND, feedback_KD.to(ctx.dtype), target)
+            if inplace_lr is not None:
+                error, h_ND = error.to(feedback.dtype), h_ND.to(feedback.dtype)
+                step_in_place(feedback_KD, error, h_ND, inplace_lr, ctx.inplace_weight_decay)
+            elif ctx.needs_input_grad[4]:
+                new_KD = feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype)
+                grad_feedback_KD = add_correlation(new_KD, error.to(ctx.dtype), h_ND).to(feedback.dtype)
+                grad_feedback = from_rows(grad_feedback_KD, feedback.shape[1:], channels_last)
+        return None, None, None, grad_h, grad_feedback
+
+
+class Broadcast(torch.autograd.Function):
+    """Identity on the logits (N, K). In the backward pass e = dL/dlogits goes to them and to every point's zero."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NK: Tensor, *zeros_NK: Tensor) -> Tensor:
         return logits_NK.view_as(logits_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
-        points = len(ctx.dtypes)
-        matrices, saved = ctx.saved_tensors[:points], iter(ctx.saved_tensors[points:])
-        lr = next(saved) if ctx.inplace else None
-        grads_h: list[Tensor | None] = [None] * points
-        grads_feedback: list[Tensor | None] = [None] * points
-        for i, (feedback, dtype) in enumerate(zip(matrices, ctx.dtypes, strict=True)):
-            channels_last = is_channels_last(feedback)
-            feedback_KD = as_rows(feedback, channels_last)
-            error = error_NK.to(dtype)
-            if ctx.needs_input_grad[3 + i]:
-                grad_h_ND = error @ feedback_KD.to(dtype)
-                grads_h[i] = from_rows(grad_h_ND, feedback.shape[1:], channels_last)
-            if ctx.inplace:
-                h_ND = as_rows(next(saved), channels_last).to(feedback.dtype)
-                step_in_place(feedback_KD, error_NK.to(feedback.dtype), h_ND, lr, ctx.inplace_weight_decay)
-            elif ctx.needs_input_grad[3 + points + i]:
-                grad_feedback_KD = (error.T @ as_rows(next(saved), channels_last)).to(feedback.dtype)
-                grads_feedback[i] = from_rows(grad_feedback_KD, feedback.shape[1:], channels_last)
-        return None, None, error_NK, *grads_h, *grads_feedback
+        return tuple(error_NK if needed else None for needed in ctx.needs_input_grad)
+
+
+def images_at_a_time(feedback_KD: Tensor, batch: int) -> int:
+    """How many images a product with B takes: all, but on a CPU where B stays in the cache meanwhile, a few.
+
+    A product of the whole batch walks down all its rows at once, each in other pages of memory.
+    """
+    if feedback_KD.device.type != "cpu" or feedback_KD.nbytes > CACHED_BYTES or torch.compiler.is_compiling():
+        return batch
+    return next((rows for rows in FEW_IMAGES if batch % rows == 0), batch)
+
+
+def learning_signal(error_NK: Tensor, feedback_KD: Tensor) -> Tensor:
+    """grad_h = e @ B, (N, D)."""
+    batch, classes = error_NK.shape
+    rows = images_at_a_time(feedback_KD, batch)
+    if rows == batch:
+        return error_NK @ feedback_KD
+    errors = error_NK.reshape(batch // rows, rows, classes)
+    return (errors @ feedback_KD.expand(batch // rows, -1, -1)).view(batch, -1)
+
+
+def add_correlation(target_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: float = 0, alpha: float = 1) -> Tensor:
+    """target <- beta * target + alpha * e^T @ h, (K, D), where it lies; with beta 0 it may hold anything."""
+    rows = images_at_a_time(target_KD, len(error_NK))
+    for error, h in zip(error_NK.split(rows), h_ND.split(rows), strict=True):
+        target_KD.addmm_(error.T, h, beta=beta, alpha=alpha)
+        beta = 1
+    return target_KD
+
+
+def readout_error(h_ND: Tensor, feedback_KD: Tensor, target_N: Tensor) -> Tensor:
+    """e_l = (softmax(h @ B^T) - target) / N, (N, K): what B gets wrong as a readout of h; its dL/dlogits."""
+    guess_NK = (h_ND @ feedback_KD.T).float().softmax(1)
+    return (guess_NK - F.one_hot(target_N, len(feedback_KD))) / len(target_N)
 
 
 def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: float) -> None:
@@ -98,7 +150,57 @@ def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tenso
         feedback_KD.mul_(1 - lr * weight_decay).sub_((lr * error_NK).T @ h_ND)
     else:
         step = lr.item()
-        feedback_KD.addmm_(error_NK.T, h_ND, beta=1 - step * weight_decay, alpha=-step)
+        add_correlation(feedback_KD, error_NK, h_ND, beta=1 - step * weight_decay, alpha=-step)
+
+
+def feedback_point(
+    h: Tensor,
+    feedback: Tensor,
+    *,
+    target: Tensor | None = None,
+    inplace_lr: float | Tensor | None = None,
+    inplace_weight_decay: float = 0.0,
+) -> Tensor:
+    """Return a zero (N, K) for `broadcast_error`: in the backward pass it takes e to `h` and to B.
+
+    Args:
+        h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
+        feedback: B, (K, *h.shape[1:]).
+        target, inplace_lr, inplace_weight_decay: as in `direct_feedback`.
+
+    Raises:
+        ValueError: as `direct_feedback` does.
+    """
+    check_point(h, feedback, len(h), len(feedback), "")
+    if target is not None:
+        check_target(target, len(h))
+        refuse_float16(h.device, h.dtype)
+    if inplace_lr is not None:
+        refuse_float16(h.device, h.dtype)
+        if feedback.requires_grad or not (feedback.is_contiguous() or is_channels_last(feedback)):
+            raise ValueError(
+                "a feedback matrix is to be updated in place: expected requires_grad=False and contiguous or"
+                f" channels_last memory, got requires_grad={feedback.requires_grad} and strides {feedback.stride()}"
+            )
+        inplace_lr = torch.as_tensor(inplace_lr, dtype=torch.float64)
+    return FeedbackPoint.apply(inplace_lr, inplace_weight_decay, target, h, feedback)
+
+
+def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
+    """Return `logits` unchanged; in the backward pass, e = dL/dlogits also goes to each point's zero.
+
+    Args:
+        logits: (N, K), the network's output before the loss.
+        zeros: (N, K) each, from `feedback_point`.
+
+    Raises:
+        ValueError: logits that are not a Tensor (N, K), or zeros of another shape.
+    """
+    check_logits(logits)
+    for zero in zeros:
+        if zero.shape != logits.shape:
+            raise ValueError(f"feedback is for logits {shape_of(zero)}, got logits {shape_of(logits)}")
+    return Broadcast.apply(logits, *zeros)
 
 
 def direct_feedback(
@@ -106,6 +208,7 @@ def direct_feedback(
     activations: Sequence[Tensor],
     matrices: Sequence[Tensor],
     *,
+    target: Tensor | None = None,
     inplace_lr: float | Tensor | None = None,
     inplace_weight_decay: float = 0.0,
 ) -> Tensor:
@@ -119,6 +222,9 @@ def direct_feedback(
         logits: (N, K), the network's output before the loss.
         activations: h_l, each (N, ...), still attached to its own block's graph.
         matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient gets e^T @ h_l.
+        target: (N,) class ids. If given, B_l learns as a linear readout of h_l instead, from its own error: e_l =
+            (softmax(h_l @ B_l^T) - target) / N stands for e in e^T @ h_l, but not in e @ B_l. That is LAS, the linear
+            form of Yang, Lee, Park 2024. No factor on the loss enters e_l.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. Where
             torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number, or a Tensor of
@@ -127,40 +233,54 @@ def direct_feedback(
 
     Raises:
         ValueError: logits that are not a Tensor (N, K), an activation or a matrix of another shape, as many matrices
-            as activations not given, a B that the update in place cannot write to, or that update in float16.
+            as activations not given, a target that is no (N,) class ids, a B that the update in place cannot write to,
+            or that update or LAS in float16.
     """
     check_logits(logits)
     if len(activations) != len(matrices):
         raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
-    batch, classes = logits.shape
-    for i, (h, B) in enumerate(zip(activations, matrices, strict=True)):
-        if h.dim() < 2 or h.shape[0] != batch:
-            raise ValueError(f"activation {i} has shape {shape_of(h)}, expected ({batch}, D, ...): as many as logits")
-        if B.shape != (classes, *h.shape[1:]):
-            expected = (classes, *h.shape[1:])
-            raise ValueError(f"feedback matrix {i} has shape {shape_of(B)}, expected {expected}: (K, *h.shape[1:])")
+    for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
+        check_point(h, feedback, *logits.shape, f" {i}")
     if inplace_lr is not None:
-        device = logits.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if torch.float16 in (autocast, logits.dtype, *(h.dtype for h in activations)):
-            raise ValueError(
-                "the update of B in place got float16, expected float32 or bfloat16: a GradScaler's factor would enter"
-                ' B. Use bfloat16, or update="optimizer"'
-            )
-        for i, B in enumerate(matrices):
-            if B.requires_grad or not (B.is_contiguous() or is_channels_last(B)):
-                raise ValueError(
-                    f"feedback matrix {i} is to be updated in place: expected requires_grad=False and contiguous or"
-                    f" channels_last memory, got requires_grad={B.requires_grad} and strides {B.stride()}"
-                )
-        inplace_lr = torch.as_tensor(inplace_lr, dtype=torch.float64)
-    return DirectFeedbackFunction.apply(inplace_lr, inplace_weight_decay, logits, *activations, *matrices)
+        refuse_float16(logits.device, logits.dtype)
+    zeros = [
+        feedback_point(h, feedback, target=target, inplace_lr=inplace_lr, inplace_weight_decay=inplace_weight_decay)
+        for h, feedback in zip(activations, matrices, strict=True)
+    ]
+    return broadcast_error(logits, zeros)
+
+
+def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str) -> None:
+    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:])."""
+    if h.dim() < 2 or h.shape[0] != batch:
+        raise ValueError(f"activation{name} has shape {shape_of(h)}, expected ({batch}, D, ...): as many as logits")
+    expected = (classes, *h.shape[1:])
+    if feedback.shape != expected:
+        got = shape_of(feedback)
+        raise ValueError(f"feedback matrix{name} has shape {got}, expected {expected}: (K, *h.shape[1:])")
+
+
+def refuse_float16(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError where B would learn in a way that a GradScaler upsets, by autocast to float16 or by `dtype`."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    if torch.float16 in (autocast, dtype):
+        raise ValueError(
+            "the update of B in place, and LAS, got float16, expected float32 or bfloat16: a GradScaler's factor would"
+            ' enter B. Use bfloat16, or DKP with update="optimizer"'
+        )
 
 
 def check_logits(logits: Any) -> None:
     """Raise ValueError unless `logits` is a Tensor (N, K)."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(f"direct feedback needs logits of shape (N, K), got {shape_of(logits)}")
+
+
+def check_target(target: Any, batch: int) -> None:
+    """Raise ValueError unless `target` is class ids (N,)."""
+    if not isinstance(target, Tensor) or target.shape != (batch,) or target.is_floating_point():
+        kind = f"{target.dtype} {shape_of(target)}" if isinstance(target, Tensor) else shape_of(target)
+        raise ValueError(f"target is {kind}, expected class ids ({batch},)")
 
 
 def shape_of(x: Any) -> str:

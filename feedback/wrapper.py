@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedback.functional import check_logits, direct_feedback, is_channels_last
+from feedback.functional import (
+    broadcast_error,
+    check_logits,
+    check_point,
+    check_target,
+    direct_feedback,
+    feedback_point,
+    is_channels_last,
+    refuse_float16,
+)
 from feedback.layerwise import LAYERWISE, feedback_layers, layer_feedback
 from feedback.state import untouched
 
-RULES = ("BP", *LAYERWISE, "DFA", "DKP")
+LEARNED = ("DKP", "LAS")  # the direct rules whose B learns
+RULES = ("BP", *LAYERWISE, "DFA", *LEARNED)
 CHAINED = ("BP", *LAYERWISE)  # a block's backward waits for the block above
 UPDATES = ("optimizer", "inplace")
 
@@ -28,12 +38,14 @@ class DirectFeedback(nn.Module):
     al. 2019) go backward layer by layer as BP does, but every Conv2d and Linear whose input needs a gradient has a B
     of its weight's shape and sends it the error through B; here the points only say where angles are measured. FA
     keeps B fixed, as a buffer. KP's B is a Parameter and gets W's gradient, to be stepped as W is.
-    `DFA` (Nokland 2016) keeps each B_l fixed, as a buffer. `DKP`
-    (Webster, Choi, Ahn 2020) learns it from grad_B_l = e^T @ h_l, as a Parameter, in one of two ways:
-    `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser over `net.feedback.parameters()`;
-    `update="inplace"` steps B_l inside the backward pass by plain SGD with `feedback_lr` and
-    `feedback_weight_decay`, and needs no memory beyond B. In place, each backward pass is a step of B: with
-    gradient accumulation B steps once per micro-batch. A loss scaled by a factor scales that step too.
+    `DFA` (Nokland 2016) keeps each B_l fixed, as a buffer. `DKP` (Webster, Choi, Ahn 2020) learns it from
+    grad_B_l = e^T @ h_l. `LAS`, a linear form of Yang, Lee, Park 2024, learns it as a readout of its own block, from
+    grad_B_l = e_l^T @ h_l with e_l = (softmax(h_l @ B_l^T) - target) / N; call it as `net(x, target)`.
+
+    Both learn B_l, a Parameter, in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
+    over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
+    `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B. In place, each backward pass is a step of
+    B: with gradient accumulation B steps once per micro-batch. A loss scaled by a factor scales DKP's step too.
 
     Args:
         model: maps one Tensor (N, ...) to logits (N, K). It gets forward hooks, by which a deep copy of the model
@@ -42,7 +54,7 @@ class DirectFeedback(nn.Module):
         rule: one of `RULES`.
         example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
             once through the model, without effect on BatchNorm statistics or random numbers, to learn the shapes.
-        update: "optimizer" or "inplace" (DKP only).
+        update: "optimizer" or "inplace" (DKP and LAS only).
         feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled or not.
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
         init: fills each B_l, seen as a (K, D_l) float matrix, in place. The default is kaiming-uniform with fan-in D_l,
@@ -55,8 +67,8 @@ class DirectFeedback(nn.Module):
     Raises:
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
-            further up (DKP needs it as it was); logits that are not (N, K); options that the rule does not use; for
-            FA and KP, what `feedback.layerwise.feedback_layers` refuses.
+            further up (DKP and LAS need it as it was); logits that are not (N, K); options that the rule does not use;
+            for FA and KP, what `feedback.layerwise.feedback_layers` refuses.
     """
 
     def __init__(
@@ -82,6 +94,8 @@ class DirectFeedback(nn.Module):
         self.feedback = nn.Module()
         self._taps: dict[str, tuple[Tensor, int]] | None = None
         self._cut = False
+        self._zeros: list[Tensor] | None = None
+        self._target: Tensor | None = None
         # partial of a bound method: a deep copy's hooks then belong to the copy
         hooks = [
             model.get_submodule(point).register_forward_hook(functools.partial(self._tap, point))
@@ -124,7 +138,7 @@ class DirectFeedback(nn.Module):
         name = _feedback_name(point)
         if hasattr(self.feedback, name):
             raise ValueError(f"layer {point!r} has the name of another but for '.' and '_': rename the module")
-        if self.rule in ("KP", "DKP"):
+        if self.rule == "KP" or self.rule in LEARNED:
             parameter = nn.Parameter(matrix, requires_grad=self.update == "optimizer")
             self.feedback.register_parameter(name, parameter)
         else:
@@ -147,20 +161,31 @@ class DirectFeedback(nn.Module):
             raise ValueError(f'feedback_lr goes with update="inplace", got {value} with update={self.update!r}')
         self._feedback_lr = torch.tensor(value, dtype=torch.float64)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the model's logits (N, K); raises ValueError as the class does."""
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the model's logits (N, K).
+
+        Args:
+            x: (N, ...), as the example.
+            target: (N,) class ids; LAS needs them to train, the other rules ignore them.
+
+        Raises:
+            ValueError: as the class does, and for LAS in training without a target.
+        """
         if self.rule == "BP" or not (self.training and torch.is_grad_enabled()):
             return self.model(x)
-        logits, activations = self.tapped_forward(x, cut=True)
         if self.rule in LAYERWISE:
-            return logits
-        return direct_feedback(
-            logits,
-            activations,
-            self.matrices(),
-            inplace_lr=self._feedback_lr,
-            inplace_weight_decay=self.feedback_weight_decay,
-        )
+            return self.tapped_forward(x, cut=True)[0]
+        if self.rule == "LAS":
+            check_target(target, len(x))
+            self._target = target
+        self._zeros = zeros = []
+        try:
+            logits, _ = self.tapped_forward(x, cut=True)
+        finally:
+            self._zeros = self._target = None
+        if self.update == "inplace":
+            refuse_float16(logits.device, logits.dtype)
+        return broadcast_error(logits, zeros)
 
     def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
         """Run the model; return its logits and each point's h_l.
@@ -177,7 +202,7 @@ class DirectFeedback(nn.Module):
             if point not in taps:
                 raise ValueError(f"feedback point {point!r} was never reached in the forward pass, expected once")
             h, version = taps[point]
-            if self.rule == "DKP" and version != _version(h):
+            if self.rule in LEARNED and version != _version(h):
                 raise ValueError(
                     f"the output of feedback point {point!r} was changed in place further up, expected it as it was:"
                     " make that operation not in place, or move the point behind it"
@@ -192,7 +217,14 @@ class DirectFeedback(nn.Module):
         if point in self._taps:
             raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
         self._taps[point] = h, _version(h)
-        return h.detach() if self._cut and self.rule not in CHAINED else None
+        if not self._cut or self.rule in CHAINED:
+            return None
+        if self._zeros is not None:
+            feedback = getattr(self.feedback, _feedback_name(point))
+            check_point(h, feedback, len(h), len(feedback), f" {point!r}")
+            options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self.feedback_weight_decay}
+            self._zeros.append(feedback_point(h, feedback, target=self._target, **options))
+        return h.detach()
 
     def _replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Tensor) -> Tensor | None:
         if self._taps is None or not self._cut:
@@ -208,7 +240,7 @@ class DirectFeedback(nn.Module):
         return None
 
     def extra_repr(self) -> str:
-        return f"rule={self.rule}, points={self.points}" + (f", update={self.update}" if self.rule == "DKP" else "")
+        return f"rule={self.rule}, points={self.points}" + (f", update={self.update}" if self.rule in LEARNED else "")
 
 
 def _feedback_name(point: str) -> str:
@@ -232,8 +264,8 @@ def _check_options(
         raise ValueError(f"rule is {rule!r}, expected one of {RULES}")
     if update not in UPDATES:
         raise ValueError(f"update is {update!r}, expected one of {UPDATES}")
-    if update == "inplace" and rule != "DKP":
-        raise ValueError(f'update="inplace" needs rule "DKP", got {rule!r}')
+    if update == "inplace" and rule not in LEARNED:
+        raise ValueError(f'update="inplace" needs a rule of {LEARNED}, got {rule!r}')
     if (update == "inplace") != (feedback_lr is not None):
         raise ValueError(f'feedback_lr goes with update="inplace": got feedback_lr={feedback_lr}, update={update!r}')
     if feedback_weight_decay is not None and update != "inplace":

@@ -57,7 +57,7 @@ def test_the_originals_command_line_parses(alexnet):
         ("-e", "needs --resume"),
         ("--start-epoch 90", "expected less than --epochs 90"),
         ("--pretrained", "unrecognized"),
-        ("--train-mode BP --gamma 0.5", "needs --train-mode DKP, got BP"),
+        ("--train-mode BP --gamma 0.5", "needs --train-mode DKP or LAS, got BP"),
         ("--resume nowhere", "cannot read checkpoint"),
     ],
 )

@@ -15,8 +15,8 @@ from models import ConvNet
 
 LEARNING = [("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01})]
 IDS = ["DFA", "DKP-optimizer", "DKP-inplace"]
-WITH_B = [("FA", {}), ("KP", {}), *LEARNING]
-WITH_B_IDS = ["FA", "KP", *IDS]
+WITH_B = [("FA", {}), ("KP", {}), *LEARNING, ("LAS", {}), ("LAS", LEARNING[2][1])]
+WITH_B_IDS = ["FA", "KP", *IDS, "LAS-optimizer", "LAS-inplace"]
 ALL = [("BP", {}), *WITH_B]
 ALL_IDS = ["BP", *WITH_B_IDS]
 
@@ -52,7 +52,7 @@ def gradients(net):
 
 def step(net, x, y):
     net.zero_grad()
-    F.cross_entropy(net(x), y).backward()
+    F.cross_entropy(net(x, y), y).backward()
     return gradients(net)
 
 
@@ -190,7 +190,7 @@ class InputGradientCounter(TorchDispatchMode):
 def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
     net = make(rule, **options)
     x, y = data()
-    loss = F.cross_entropy(net(x), y)
+    loss = F.cross_entropy(net(x, y), y)
     with InputGradientCounter(net) as counter:
         loss.backward()
     assert counter.convolution_backwards == 2
@@ -212,25 +212,25 @@ def test_any_batch_size(rule, options, batch):
         assert found["model.0.0.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP"])
+@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP", "LAS"])
 def test_gradients_accumulate(rule):
     net = make(rule)
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
     first, second = step(net, x1, y1), step(net, x2, y2)
     net.zero_grad()
-    F.cross_entropy(net(x1), y1).backward()
-    F.cross_entropy(net(x2), y2).backward()
+    F.cross_entropy(net(x1, y1), y1).backward()
+    F.cross_entropy(net(x2, y2), y2).backward()
     for name, value in gradients(net).items():
         torch.testing.assert_close(value, first[name] + second[name])
 
 
-@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP"])
+@pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP", "LAS"])
 def test_two_forwards_before_one_backward(rule):
     net = make(rule)
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
     first, second = step(net, x1, y1), step(net, x2, y2)
     net.zero_grad()
-    (F.cross_entropy(net(x1), y1) + F.cross_entropy(net(x2), y2)).backward()
+    (F.cross_entropy(net(x1, y1), y1) + F.cross_entropy(net(x2, y2), y2)).backward()
     for name, value in gradients(net).items():
         torch.testing.assert_close(value, first[name] + second[name])
 
@@ -335,7 +335,7 @@ def test_compiles_without_a_graph_break(rule, options):
         x, y = data(8, torch.float32, seed)
         expected = step(twin, x, y)
         net.zero_grad()
-        F.cross_entropy(compiled(x), y).backward()
+        F.cross_entropy(compiled(x, y), y).backward()
         for name, value in gradients(net).items():
             torch.testing.assert_close(value, expected[name])
         for B, expected_B in zip(net.matrices(), twin.matrices(), strict=True):

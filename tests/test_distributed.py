@@ -14,6 +14,8 @@ MODES = {
     "DFA": ("DFA", {}),
     "DKP-optimizer": ("DKP", {}),
     "DKP-inplace": ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}),
+    "LAS-optimizer": ("LAS", {}),
+    "LAS-inplace": ("LAS", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}),
 }
 
 

@@ -21,6 +21,8 @@ MODES = {
     "DFA": ["--train-mode", "DFA"],
     "DKP-optimizer": ["--train-mode", "DKP"],
     "DKP-inplace": ["--train-mode", "DKP", "--b-update", "inplace"],
+    "LAS-optimizer": ["--train-mode", "LAS"],
+    "LAS-inplace": ["--train-mode", "LAS", "--b-update", "inplace"],
 }
 RESUMED = MODES | {"one-cycle": ["--schedule", "one-cycle", "--fc-norm"]}
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -377,7 +379,9 @@ def test_bad_values_are_refused(run, capsys, flags):
 @pytest.mark.parametrize("flag", [("--b-lr", 1e-3), ("--b-wd", 0), ("--gamma", 0.5), ("--b-update", "inplace")])
 @pytest.mark.parametrize("mode", ["BP", "FA", "KP", "DFA"])
 def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag):
-    assert_refused(capsys, lambda: run("--train-mode", mode, *flag), flag[0], f"needs --train-mode DKP, got {mode}")
+    assert_refused(
+        capsys, lambda: run("--train-mode", mode, *flag), flag[0], f"needs --train-mode DKP or LAS, got {mode}"
+    )
 
 
 def test_damaged_data_are_refused(run, capsys, data_folder, cifar10_arrays):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from feedback import RULES, UPDATES
+from feedback import LEARNED, RULES, UPDATES
 from training.checkpoint import load_checkpoint
 
 
@@ -84,9 +84,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
 
 def add_feedback_arguments(parser: Parser, b_lr: float, b_wd: float, gamma: float) -> None:
-    """Add the flags of the learning rule and of B; the numbers are the defaults that --help names for DKP."""
+    """Add the flags of the learning rule and of B; the numbers are the defaults that --help names for DKP and LAS."""
     parser.add_argument("--train-mode", choices=RULES, default="DKP", help="learning rule (default: DKP)")
-    add = parser.add_argument_group("B, with --train-mode DKP only").add_argument
+    add = parser.add_argument_group("B, with --train-mode DKP or LAS only").add_argument
     add("--b-update", choices=UPDATES, help="how B learns: by Adam, or in the backward pass (default: optimizer)")
     add("--b-lr", type=nonnegative_float, help=f"learning rate of B (default: {b_lr}; in place lr / (1 - momentum))")
     add("--b-wd", type=nonnegative_float, help=f"weight decay of B (default: {b_wd})")
@@ -133,7 +133,7 @@ def parse_run_arguments(
             had = parser.get_default(key)
             if getattr(args, key) != had:
                 parser.error(f"{flag(key)}: the run in {args.resume} has {had}, got {getattr(args, key)}")
-    if args.train_mode == "DKP":
+    if args.train_mode in LEARNED:
         args.b_update = args.b_update or "optimizer"
         defaults = dict(parser.feedback_defaults)
         if args.b_update == "inplace":
@@ -145,5 +145,5 @@ def parse_run_arguments(
         for key in ("b_update", *parser.feedback_defaults):
             if getattr(args, key) is not None:
                 why = "B is trained as W is" if args.train_mode == "KP" else "B is not trained"
-                parser.error(f"{flag(key)} needs --train-mode DKP, got {args.train_mode}: {why}")
+                parser.error(f"{flag(key)} needs --train-mode {' or '.join(LEARNED)}, got {args.train_mode}: {why}")
     return args, checkpoint

@@ -178,7 +178,7 @@ def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bo
             for optimizer in job.optimizers:
                 optimizer.zero_grad()
             with job.precision():
-                logits = job.train_net(x)
+                logits = job.train_net(x, y)
                 loss = F.cross_entropy(logits, y)
             loss_value = loss.item()
             if not math.isfinite(loss_value):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedback import DirectFeedback
+from feedback import LEARNED, DirectFeedback
 
 SCHEDULES = ("constant", "one-cycle")
 WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
@@ -50,13 +50,14 @@ def set_learning_rates(
 ) -> dict[str, float | None]:
     """Set the learning rates of `step` of the `steps` of `epoch`, both 1 for the first.
 
-    The schedule is W's, and KP's B follows W; DKP's B decays by gamma an epoch. A function of the arguments and of the
-    step alone, so that a resumed run finds it. Returns both, None for a B that does not learn.
+    The schedule is W's, and KP's B follows W; the learning rate of DKP's and LAS's B decays by gamma an epoch. A
+    function of the arguments and of the step alone, so that a resumed run finds it. Returns both, None for a B that
+    does not learn.
     """
     lr = args.lr
     if args.schedule == "one-cycle":
         lr *= one_cycle(((epoch - 1) * steps + step - 0.5) / (args.epochs * steps))  # a step is at its middle
-    b_lr = args.b_lr * args.gamma ** (epoch - 1) if args.train_mode == "DKP" else None
+    b_lr = args.b_lr * args.gamma ** (epoch - 1) if args.train_mode in LEARNED else None
     for optimizer, value in zip(optimizers, (lr, b_lr), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = value

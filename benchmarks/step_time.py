@@ -1,0 +1,278 @@
+"""What a training step costs by each rule: forward, backward and optimiser, beside a plain BP step of the same net.
+
+Run:    python benchmarks/step_time.py
+Prints a table, and writes it as JSON and a bar chart as PNG beside it. Variants of a net are timed in random order,
+round by round, so that a ratio is of steps that ran seconds apart. For each net and memory format there are:
+
+    BP              the bare model in plain PyTorch
+    floor           forward and weight gradients only; the learning signals at the points are given for nothing
+    DFA, DKP        `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from feedback import DirectFeedback
+from models import AlexNet, ConvNet
+from training.arguments import positive_int
+from training.memory import reuse_memory
+from training.run import git_revision, hardware
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WARM_UP = 3  # untimed steps of each variant
+VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or None where there is no wrapper
+    "BP": None,
+    "floor": None,
+    "DFA": {"rule": "DFA"},
+    "DKP optimizer": {"rule": "DKP"},
+    "DKP inplace": {"rule": "DKP", "update": "inplace", "feedback_lr": 5e-3, "feedback_weight_decay": 1e-6},
+}
+Step = Callable[[], None]
+
+
+class Cell(NamedTuple):
+    """What is timed together: a net, its batch, and the ways (memory format, precision, execution) to run it."""
+
+    net: str
+    batch: int
+    ways: list[tuple[str, str, str]]
+
+    def example(self) -> tuple[type[nn.Module], int, int]:
+        """The net's class, its image size in pixels, and its number of classes."""
+        return (ConvNet, 32, 10) if self.net == "ConvNet" else (AlexNet, 224, 100)
+
+
+def cells(device: torch.device, quick: bool) -> list[Cell]:
+    """What to time on `device`: on a CPU, both memory formats; on CUDA, precisions and executions, in channels_last."""
+    if device.type == "cpu":
+        ways = [("contiguous", "fp32", "eager"), ("channels_last", "fp32", "eager")]
+        sizes = [("ConvNet", 64), ("ConvNet", 512), ("AlexNet", 32), ("AlexNet", 128)]
+    else:
+        ways = list(itertools.product(["channels_last"], ["fp32", "bf16"], ["eager", "compiled", "graph"]))
+        sizes = [("ConvNet", 64), ("ConvNet", 512), ("AlexNet", 256)]
+    return [Cell(net, 2 if quick else batch, ways) for net, batch in (sizes[:1] if quick else sizes)]
+
+
+def floor_backward(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """A backward pass in which every block gets a gradient at its output that nobody had to compute."""
+    activations: list[Tensor] = []
+    signals: list[Tensor] = []
+
+    def tap(module: nn.Module, inputs: tuple, h: Tensor) -> Tensor:
+        activations.append(h)
+        return h.detach()
+
+    for point in model.points:
+        model.get_submodule(point).register_forward_hook(tap)
+
+    def backward() -> None:
+        loss = F.cross_entropy(model(x), y)
+        if not signals:
+            signals.extend(1e-4 * torch.randn_like(h) for h in activations)
+        torch.autograd.backward([loss, *activations], [None, *signals])
+        activations.clear()
+
+    return backward
+
+
+def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch.device) -> Step:
+    """A whole training step of one variant, on random images."""
+    memory_format, precision, execution = way
+    net_class, side, classes = cell.example()
+    torch.manual_seed(0)
+    model = net_class(classes).to(device)
+    x = torch.randn(cell.batch, 3, side, side, device=device)
+    y = torch.randint(classes, (cell.batch,), device=device)
+    if memory_format == "channels_last":
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    capturable = {"capturable": True} if execution == "graph" else {}
+    fused = {"fused": True, "weight_decay": 1e-6}
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(model.parameters(), 5e-4, 0.9, nesterov=True, **fused)]
+    options = VARIANTS[variant]
+    net: nn.Module = model
+    if options is not None:
+        net = DirectFeedback(model, model.points, example=x[:1], **options)
+        if variant == "DKP optimizer":
+            optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-4, **fused, **capturable))
+    if execution == "compiled":
+        net.compile()
+    forward_backward = (
+        floor_backward(net, x, y) if variant == "floor" else lambda: F.cross_entropy(net(x), y).backward()
+    )
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            forward_backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return capture(step) if execution == "graph" else step
+
+
+def capture(step: Step) -> Step:
+    """The same step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """How long one step takes, to its end on the device."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most memory that one step holds beyond what there was before it: activations, gradients, signals."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The three quartiles; the middle one is the median."""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def measure(cell: Cell, device: torch.device, rounds: int, bar: tqdm) -> Iterator[dict[str, Any]]:
+    """Time every variant of a cell in every way, `rounds` times in random order; yield a row for each."""
+    steps = {(way, variant): make_step(cell, variant, way, device) for way in cell.ways for variant in VARIANTS}
+    memory = {}
+    for key, step in steps.items():
+        for _ in range(WARM_UP):
+            step()
+        memory[key] = peak_bytes(step, device)
+    times: dict[tuple, list[float]] = {key: [] for key in steps}
+    order = list(steps)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for key in order:
+            times[key].append(seconds(steps[key], device))
+            bar.update()
+    for way, variant in steps:
+        ours = times[way, variant]
+        row = {"net": cell.net, "batch": cell.batch, "way": " ".join(way), "variant": variant}
+        row |= {"ms": [1e3 * value for value in quartiles(ours)], "peak_mb": memory[way, variant] / 1e6}
+        for base in ("BP", "floor"):
+            ratios = [a / b for a, b in zip(ours, times[way, base], strict=True)]
+            row[f"to_{base}"] = quartiles(ratios)
+        yield row | {"seconds": ours}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in markdown: medians, quartiles in brackets."""
+    lines = ["| net, batch | way | variant | ms | to BP | to the floor | peak, MB |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        low, median, high = row["ms"]
+        ratios = " | ".join("{1:.3f} ({0:.3f}-{2:.3f})".format(*row[key]) for key in ("to_BP", "to_floor"))
+        lines.append(
+            f"| {row['net']} {row['batch']} | {row['way']} | {row['variant']} | {median:.1f} ({low:.1f}-{high:.1f}) "
+            f"| {ratios} | {row['peak_mb']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw, for each net and way, bars of the step time as a share of BP's, with the floor as a line across them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [variant for variant in VARIANTS if variant != "floor"]
+    looks = dict(zip(shown, (("0.25", ""), ("0.55", "//"), ("0.75", ".."), ("0.92", "xx")), strict=True))
+    groups = list(dict.fromkeys((row["net"], row["batch"], row["way"]) for row in rows))
+    median = {(row["net"], row["batch"], row["way"], row["variant"]): row["to_BP"][1] for row in rows}
+    figure, axes = plt.subplots(figsize=(8, 3.6), dpi=150, layout="constrained")
+    width = 0.2
+    for place, group in enumerate(groups):
+        for i, variant in enumerate(shown):
+            color, hatch = looks[variant]
+            height = median[(*group, variant)]
+            left = place + (i - 1.5) * width
+            label = variant if place == 0 else None
+            axes.bar(left, height, width, color=color, hatch=hatch, edgecolor="black", linewidth=0.6, label=label)
+            axes.text(left, height + 0.01, f"{height:.2f}", ha="center", va="bottom", fontsize=6)
+        floor = median[(*group, "floor")]
+        label = "floor: signals for nothing" if place == 0 else None
+        axes.plot([place - 2 * width, place + 2 * width], [floor, floor], color="black", linestyle="--", label=label)
+    axes.set_xticks(
+        range(len(groups)), [f"{net} {batch}\n{way.removesuffix(' fp32 eager')}" for net, batch, way in groups]
+    )
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_ylim(0, 1.3)
+    axes.set_ylabel("step time / BP's")
+    axes.set_title(title, fontsize=8)
+    axes.legend(fontsize=7, ncols=5, loc="upper center")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print the table, write JSON and PNG."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--rounds", type=positive_int, default=60, help="timed steps of each variant (default: 60)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where JSON and PNG go")
+    parser.add_argument(
+        "--quick", action="store_true", help="one tiny net, three rounds, no files: to see that it runs"
+    )
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    device = torch.device(args.device)
+    reuse_memory()
+    rounds = 3 if args.quick else args.rounds
+    todo = cells(device, args.quick)
+    rows: list[dict[str, Any]] = []
+    total = sum(rounds * len(cell.ways) * len(VARIANTS) for cell in todo)
+    with tqdm(total=total, unit="step", leave=False, disable=None) as bar:
+        for cell in todo:
+            bar.set_description(f"{cell.net} {cell.batch}")
+            rows.extend(measure(cell, device, rounds, bar))
+    title = f"{hardware(device)}, torch {torch.__version__}, {rounds} rounds"
+    print(f"{title}\n{table(rows)}")
+    if not args.quick:
+        args.out.mkdir(parents=True, exist_ok=True)
+        result = {"title": title, "git": git_revision(), "rows": rows}
+        (args.out / f"step_time_{device.type}.json").write_text(json.dumps(result, indent=1) + "\n")
+        chart(rows, title, args.out / f"step_time_{device.type}.png")
+
+
+if __name__ == "__main__":
+    main()

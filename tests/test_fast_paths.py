@@ -1,0 +1,59 @@
+"""What makes a step cheap changes no gradient, and holds no more memory than it says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.step_time import Cell, make_step, peak_bytes
+from feedback import DirectFeedback, functional
+from models import ConvNet
+
+EAGER = ("contiguous", "fp32", "eager")
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(64, 16), (50, 10), (13, 13), (7, 7), (1, 1), (34, 34)])
+def test_products_over_few_images_equal_the_plain_ones(batch, rows):
+    torch.manual_seed(0)
+    error, feedback, h = (torch.randn(*shape, dtype=torch.float64) for shape in ((batch, 10), (10, 300), (batch, 300)))
+    assert functional.images_at_a_time(feedback, batch) == rows
+    torch.testing.assert_close(functional.learning_signal(error, feedback), error @ feedback)
+    old, unset = feedback.clone(), torch.full_like(feedback, torch.nan)
+    torch.testing.assert_close(functional.add_correlation(unset, error, h), error.T @ h)
+    functional.add_correlation(feedback, error, h, beta=0.9, alpha=-0.1)
+    torch.testing.assert_close(feedback, 0.9 * old - 0.1 * error.T @ h)
+
+
+def test_a_large_matrix_takes_all_images_at_once():
+    assert functional.images_at_a_time(torch.empty(100, 46656), 64) == 64
+
+
+@pytest.mark.parametrize("options", [{}, {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_by_few_images_equals_the_plain_step(monkeypatch, options, memory_format):
+    x, y = torch.randn(32, 3, 32, 32, dtype=torch.float64), torch.arange(32) % 10
+    x = x.to(memory_format=memory_format)
+    found = []
+    for cached in (functional.CACHED_BYTES, 0):
+        monkeypatch.setattr(functional, "CACHED_BYTES", 2 * cached)  # float64
+        torch.manual_seed(0)
+        model = ConvNet().double().to(memory_format=memory_format)
+        net = DirectFeedback(model, model.points, "DKP", x[:1], **options)
+        assert (functional.images_at_a_time(net.matrices()[0], 32) == 32) == (cached == 0)
+        F.cross_entropy(net(x), y).backward()
+        found.append([value for p in net.parameters() for value in (p.detach(), p.grad)])
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_no_learning_signal_waits_for_its_block():
+    """A DFA step holds at most what a BP step holds, DKP in place the same, and DKP's optimizer grad_B besides."""
+    model = ConvNet()
+    size = sum(B.nbytes for B in DirectFeedback(model, model.points, "DFA", torch.zeros(1, 3, 32, 32)).matrices())
+    peak = {}
+    for variant in ("BP", "DFA", "DKP inplace", "DKP optimizer"):
+        step = make_step(Cell("ConvNet", 16, [EAGER]), variant, EAGER, torch.device("cpu"))
+        step()
+        peak[variant] = peak_bytes(step, torch.device("cpu"))
+    assert peak["DFA"] <= peak["BP"]
+    assert peak["DKP inplace"] <= peak["BP"]
+    assert peak["DKP inplace"] < peak["DKP optimizer"] <= peak["BP"] + size

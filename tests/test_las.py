@@ -1,0 +1,118 @@
+"""LAS: each B is trained as a linear readout of its own block, by that readout's own error."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import convnet_gradients, mlp_gradients
+from torch import nn
+
+from feedback import DirectFeedback, direct_feedback
+from models import ConvNet
+
+
+def convnet(**options):
+    torch.manual_seed(0)
+    model = ConvNet(4).double()
+    x, y = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3, 1])
+    return DirectFeedback(model, model.points, "LAS", x[:1], **options), x, y
+
+
+def mlp(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(7, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 2])
+    return DirectFeedback(model, ("1", "3"), "LAS", x, **options), x, y
+
+
+def readout_gradients(net, x, y):
+    """d/dB of the mean cross-entropy of a softmax regression on each point's output, by plain autograd."""
+    _, activations = net.tapped_forward(x, cut=False)
+    matrices = [B.detach().clone().requires_grad_() for B in net.matrices()]
+    losses = [
+        F.cross_entropy(torch.einsum("n...,k...->nk", h.detach(), B), y)
+        for h, B in zip(activations, matrices, strict=True)
+    ]
+    return torch.autograd.grad(sum(losses), matrices)
+
+
+@pytest.mark.parametrize("build", [convnet, mlp])
+def test_gradients_equal_those_worked_out_by_hand(build):
+    net, x, y = build()
+    F.cross_entropy(net(x, y), y).backward()
+    parameters = dict(net.model.named_parameters())
+    if build is convnet:
+        expected, _ = convnet_gradients(parameters, net.matrices(), x, y)
+    else:
+        layers = list(net.model)[::2]
+        weights, biases, _ = mlp_gradients([z.weight for z in layers], [z.bias for z in layers], net.matrices(), x, y)
+        expected = {f"{2 * i}.weight": value for i, value in enumerate(weights)}
+        expected |= {f"{2 * i}.bias": value for i, value in enumerate(biases)}
+    assert expected.keys() == parameters.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(parameters[name].grad, value)
+    for B, value in zip(net.matrices(), readout_gradients(net, x, y), strict=True):
+        torch.testing.assert_close(B.grad, value)
+
+
+@pytest.mark.parametrize("build", [convnet, mlp])
+def test_inplace_update_equals_sgd_step_for_step(build):
+    lr, decay = 0.1, 0.05
+    by_optimizer, x, y = build()
+    inplace, _, _ = build(update="inplace", feedback_lr=lr, feedback_weight_decay=decay)
+    optimizers = [torch.optim.SGD(net.model.parameters(), 0.3) for net in (by_optimizer, inplace)]
+    of_feedback = torch.optim.SGD(by_optimizer.feedback.parameters(), lr, weight_decay=decay)
+    for _ in range(4):
+        for net, optimizer in zip((by_optimizer, inplace), optimizers, strict=True):
+            net.zero_grad()
+            F.cross_entropy(net(x, y), y).backward()
+            optimizer.step()
+        of_feedback.step()
+        for got, expected in zip(inplace.parameters(), by_optimizer.parameters(), strict=True):
+            torch.testing.assert_close(got, expected)
+    assert all(B.grad is None for B in inplace.matrices())
+
+
+def test_the_function_takes_the_target():
+    net, x, y = mlp()
+    logits, activations = net.tapped_forward(x, cut=True)
+    F.cross_entropy(direct_feedback(logits, activations, net.matrices(), target=y), y).backward()
+    for B, value in zip(net.matrices(), readout_gradients(net, x, y), strict=True):
+        torch.testing.assert_close(B.grad, value)
+
+
+def test_the_readouts_learn_the_classes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+    x = torch.randn(256, 8)
+    y = (2 * (x[:, 0] > 0) + (x[:, 1] > 0)).long()
+    net = DirectFeedback(model, ("1", "3"), "LAS", x[:1])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x, y), y).backward()
+        optimizer.step()
+    logits, activations = net.tapped_forward(x, cut=False)
+    for outputs in (logits, *(h @ B.T for h, B in zip(activations, net.matrices(), strict=True))):
+        assert (outputs.argmax(1) == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (None, "target is a NoneType, expected class ids"),
+        (torch.zeros(6, dtype=torch.int64), r"target is torch.int64 \(6,\), expected class ids \(7,\)"),
+        (torch.zeros(7), r"target is torch.float32 \(7,\), expected class ids"),
+    ],
+)
+def test_a_wrong_target_is_refused(target, message):
+    net, x, _ = mlp()
+    with pytest.raises(ValueError, match=message):
+        net(x, target)
+    net.eval()
+    assert torch.equal(net(x, target), net.model(x))
+
+
+def test_float16_is_refused():
+    net, x, y = mlp()
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="got float16"):
+        net.float()(x.float(), y)
