@@ -77,7 +77,7 @@ def make_parser() -> Parser:
     add("--momentum", type=nonnegative_float, default=0.9, help="of SGD, below 1 (default: 0.9)")
     add("--wd", "--weight-decay", type=nonnegative_float, default=1e-4, help="of the weights (default: 1e-4)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
-    add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory")
+    add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory: faster")
     add("--compile", action="store_true", help="compile the net with torch.compile")
     add("--limit-batches", type=positive_int, metavar="N", help="train on the first N batches of an epoch, test on N")
     add("--seed", type=seed, default=1, help="of weights, B, data order and crops (default: 1)")
