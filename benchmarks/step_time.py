@@ -91,8 +91,8 @@ def floor_backward(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     return backward
 
 
-def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch.device) -> Step:
-    """A whole training step of one variant, on random images."""
+def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch.device, fused: bool = True) -> Step:
+    """A whole training step of one variant, on random images; its optimisers fused or not."""
     memory_format, precision, execution = way
     net_class, side, classes = cell.example()
     torch.manual_seed(0)
@@ -101,15 +101,15 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
     y = torch.randint(classes, (cell.batch,), device=device)
     if memory_format == "channels_last":
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    capturable = {"capturable": True} if execution == "graph" else {}
-    fused = {"fused": True, "weight_decay": 1e-6}
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(model.parameters(), 5e-4, 0.9, nesterov=True, **fused)]
+    kind = {"fused": fused, "weight_decay": 1e-6}
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(model.parameters(), 5e-4, 0.9, nesterov=True, **kind)]
     options = VARIANTS[variant]
     net: nn.Module = model
     if options is not None:
         net = DirectFeedback(model, model.points, example=x[:1], **options)
         if variant == "DKP optimizer":
-            optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-4, **fused, **capturable))
+            capturable = execution == "graph"
+            optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-4, capturable=capturable, **kind))
     if execution == "compiled":
         net.compile()
     forward_backward = (
