@@ -211,6 +211,27 @@ def test_synthetic_set_is_deterministic_and_balanced():
     assert synthetic_images(100, 200, 100)["y_train"].unique().numel() == 100
 
 
+def test_synthetic_set_is_the_same_on_any_number_of_threads():
+    """A resumed run is refused where its training images differ."""
+    threads = torch.get_num_threads()
+    made = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            made.append(synthetic_images(10, 2500, 20))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(made[0][key], made[1][key]) for key in data.ARRAYS)
+
+
+def test_synthetic_classes_are_hardly_told_by_their_mean_images():
+    arrays = synthetic_images(10, 2000, 500)
+    x_train, x_test = (arrays[key].flatten(1).float() for key in ("x_train", "x_test"))
+    means = torch.stack([x_train[arrays["y_train"] == label].mean(0) for label in range(10)])
+    accuracy = (torch.cdist(x_test, means).argmin(1) == arrays["y_test"]).float().mean()
+    assert accuracy < 0.25
+
+
 def test_batches_visit_the_order_normalised():
     x = torch.arange(7 * 3 * 4, dtype=torch.uint8).view(7, 3, 2, 2)
     y = torch.arange(7)
