@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--return-memory", action="store_true", help="let glibc return freed memory to the system")
     parser.add_argument("--quick", action="store_true", help="two rounds, to see that it runs")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds: quartiles take 2 or more")
     if not args.return_memory:
         reuse_memory()
     rounds = 2 if args.quick else args.rounds

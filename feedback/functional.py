@@ -54,22 +54,22 @@ class FeedbackPoint(torch.autograd.Function):
     def forward(
         ctx: Any,
         inplace_lr: Tensor | None,
-        inplace_weight_decay: float,
+        inplace_weight_decay: Tensor | None,
         target: Tensor | None,
         h: Tensor,
         feedback: Tensor,
     ) -> Tensor:
-        ctx.inplace_weight_decay, ctx.dtype = inplace_weight_decay, h.dtype
+        ctx.dtype = h.dtype
         learns = feedback.requires_grad or inplace_lr is not None
         # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
         saved = feedback if inplace_lr is None else feedback.data
-        ctx.save_for_backward(saved, h if learns else None, target, inplace_lr)
+        ctx.save_for_backward(saved, h if learns else None, target, inplace_lr, inplace_weight_decay)
         return feedback.new_zeros(()).expand(len(h), len(feedback))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
-        feedback, h, target, inplace_lr = ctx.saved_tensors
+        feedback, h, target, inplace_lr, inplace_weight_decay = ctx.saved_tensors
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)
         error = error_NK.to(ctx.dtype)
@@ -83,7 +83,7 @@ class FeedbackPoint(torch.autograd.Function):
                 error = readout_error(h_ND, feedback_KD.to(ctx.dtype), target)
             if inplace_lr is not None:
                 error, h_ND = error.to(feedback.dtype), h_ND.to(feedback.dtype)
-                step_in_place(feedback_KD, error, h_ND, inplace_lr, ctx.inplace_weight_decay)
+                step_in_place(feedback_KD, error, h_ND, inplace_lr, inplace_weight_decay)
             elif ctx.needs_input_grad[4]:
                 new_KD = feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype)
                 grad_feedback_KD = add_correlation(new_KD, error.to(ctx.dtype), h_ND).to(feedback.dtype)
@@ -107,9 +107,11 @@ class Broadcast(torch.autograd.Function):
 def images_at_a_time(feedback_KD: Tensor, batch: int) -> int:
     """How many images a product with B takes: all, but on a CPU where B stays in the cache meanwhile, a few.
 
-    A product of the whole batch walks down all its rows at once, each in other pages of memory.
+    A product of the whole batch walks down all its rows at once, each in other pages of memory. In half precision it
+    is the whole batch's all the same, since a sum of e^T @ h over pieces would be rounded at each.
     """
-    if feedback_KD.device.type != "cpu" or feedback_KD.nbytes > CACHED_BYTES or torch.compiler.is_compiling():
+    cached = feedback_KD.device.type == "cpu" and feedback_KD.nbytes <= CACHED_BYTES
+    if not cached or feedback_KD.dtype in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
         return batch
     return next((rows for rows in FEW_IMAGES if batch % rows == 0), batch)
 
@@ -135,11 +137,11 @@ def add_correlation(target_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: flo
 
 def readout_error(h_ND: Tensor, feedback_KD: Tensor, target_N: Tensor) -> Tensor:
     """e_l = (softmax(h @ B^T) - target) / N, (N, K): what B gets wrong as a readout of h; its dL/dlogits."""
-    guess_NK = (h_ND @ feedback_KD.T).float().softmax(1)
+    guess_NK = (h_ND @ feedback_KD.T).softmax(1, dtype=torch.promote_types(h_ND.dtype, torch.float32))
     return (guess_NK - F.one_hot(target_N, len(feedback_KD))) / len(target_N)
 
 
-def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: float) -> None:
+def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
     """B <- B - lr (e^T @ h + wd B) where B lies; with several ranks, e^T @ h is averaged over them first."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks > 1:
@@ -150,28 +152,30 @@ def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tenso
         feedback_KD.mul_(1 - lr * weight_decay).sub_((lr * error_NK).T @ h_ND)
     else:
         step = lr.item()
-        add_correlation(feedback_KD, error_NK, h_ND, beta=1 - step * weight_decay, alpha=-step)
+        add_correlation(feedback_KD, error_NK, h_ND, beta=1 - step * weight_decay.item(), alpha=-step)
 
 
 def feedback_point(
     h: Tensor,
     feedback: Tensor,
     *,
+    name: str = "",
     target: Tensor | None = None,
     inplace_lr: float | Tensor | None = None,
-    inplace_weight_decay: float = 0.0,
+    inplace_weight_decay: float | Tensor = 0.0,
 ) -> Tensor:
     """Return a zero (N, K) for `broadcast_error`: in the backward pass it takes e to `h` and to B.
 
     Args:
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
+        name: of the point, for messages.
         target, inplace_lr, inplace_weight_decay: as in `direct_feedback`.
 
     Raises:
         ValueError: as `direct_feedback` does.
     """
-    check_point(h, feedback, len(h), len(feedback), "")
+    check_point(h, feedback, len(h), len(feedback), name)
     if target is not None:
         check_target(target, len(h))
         refuse_float16(h.device, h.dtype)
@@ -183,7 +187,11 @@ def feedback_point(
                 f" channels_last memory, got requires_grad={feedback.requires_grad} and strides {feedback.stride()}"
             )
         inplace_lr = torch.as_tensor(inplace_lr, dtype=torch.float64)
-    return FeedbackPoint.apply(inplace_lr, inplace_weight_decay, target, h, feedback)
+        decay = torch.as_tensor(inplace_weight_decay, dtype=torch.float64)
+        if not h.requires_grad:  # of a frozen block: B learns all the same
+            h = h.detach().requires_grad_()
+        return FeedbackPoint.apply(inplace_lr, decay, target, h, feedback)
+    return FeedbackPoint.apply(None, None, target, h, feedback)
 
 
 def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
@@ -210,7 +218,7 @@ def direct_feedback(
     *,
     target: Tensor | None = None,
     inplace_lr: float | Tensor | None = None,
-    inplace_weight_decay: float = 0.0,
+    inplace_weight_decay: float | Tensor = 0.0,
 ) -> Tensor:
     """Return `logits` unchanged; in the backward pass, route the error at them straight to each activation.
 
@@ -222,14 +230,14 @@ def direct_feedback(
         logits: (N, K), the network's output before the loss.
         activations: h_l, each (N, ...), still attached to its own block's graph.
         matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient gets e^T @ h_l.
-        target: (N,) class ids. If given, B_l learns as a linear readout of h_l instead, from its own error: e_l =
-            (softmax(h_l @ B_l^T) - target) / N stands for e in e^T @ h_l, but not in e @ B_l. That is LAS, the linear
-            form of Yang, Lee, Park 2024. No factor on the loss enters e_l.
+        target: (N,) int64 class ids, 0 to K - 1. If given, B_l learns as a linear readout of h_l instead, from its own
+            error: e_l = (softmax(h_l @ B_l^T) - target) / N stands for e in e^T @ h_l, but not in e @ B_l. That is LAS,
+            the linear form of Yang, Lee, Park 2024. No factor on the loss enters e_l.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. Where
             torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number, or a Tensor of
-            no dimensions on the CPU.
-        inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD.
+            no dimensions on the CPU, of which a new value compiles nothing anew.
+        inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD; likewise.
 
     Raises:
         ValueError: logits that are not a Tensor (N, K), an activation or a matrix of another shape, as many matrices
@@ -277,10 +285,10 @@ def check_logits(logits: Any) -> None:
 
 
 def check_target(target: Any, batch: int) -> None:
-    """Raise ValueError unless `target` is class ids (N,)."""
-    if not isinstance(target, Tensor) or target.shape != (batch,) or target.is_floating_point():
+    """Raise ValueError unless `target` is int64 class ids (N,)."""
+    if not isinstance(target, Tensor) or target.shape != (batch,) or target.dtype != torch.int64:
         kind = f"{target.dtype} {shape_of(target)}" if isinstance(target, Tensor) else shape_of(target)
-        raise ValueError(f"target is {kind}, expected class ids ({batch},)")
+        raise ValueError(f"target is {kind}, expected class ids torch.int64 ({batch},)")
 
 
 def shape_of(x: Any) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from feedback.functional import (
     broadcast_error,
     check_logits,
-    check_point,
     check_target,
     direct_feedback,
     feedback_point,
@@ -90,7 +89,7 @@ class DirectFeedback(nn.Module):
         self.rule = rule
         self.update = update
         self._feedback_lr = None if feedback_lr is None else torch.tensor(feedback_lr, dtype=torch.float64)
-        self.feedback_weight_decay = feedback_weight_decay or 0.0
+        self._feedback_weight_decay = torch.tensor(feedback_weight_decay or 0.0, dtype=torch.float64)
         self.feedback = nn.Module()
         self._taps: dict[str, tuple[Tensor, int]] | None = None
         self._cut = False
@@ -161,6 +160,11 @@ class DirectFeedback(nn.Module):
             raise ValueError(f'feedback_lr goes with update="inplace", got {value} with update={self.update!r}')
         self._feedback_lr = torch.tensor(value, dtype=torch.float64)
 
+    @property
+    def feedback_weight_decay(self) -> float:
+        """Weight decay of B in place."""
+        return self._feedback_weight_decay.item()
+
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the model's logits (N, K).
 
@@ -221,9 +225,8 @@ class DirectFeedback(nn.Module):
             return None
         if self._zeros is not None:
             feedback = getattr(self.feedback, _feedback_name(point))
-            check_point(h, feedback, len(h), len(feedback), f" {point!r}")
-            options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self.feedback_weight_decay}
-            self._zeros.append(feedback_point(h, feedback, target=self._target, **options))
+            options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self._feedback_weight_decay}
+            self._zeros.append(feedback_point(h, feedback, name=f" {point!r}", target=self._target, **options))
         return h.detach()
 
     def _replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Tensor) -> Tensor | None:

@@ -425,6 +425,16 @@ def test_feedback_is_parameter_buffer_or_absent():
     assert first.abs().max() <= bound and first.max() > 0.8 * bound and first.min() < -0.8 * bound
 
 
+def test_in_place_the_b_of_a_frozen_block_learns_as_by_an_optimiser():
+    nets = [make("DKP"), make("DKP", update="inplace", feedback_lr=0.1)]
+    for net in nets:
+        net.model[0].requires_grad_(False)
+        step(net, *data())
+    torch.optim.SGD(nets[0].feedback.parameters(), 0.1).step()
+    for got, expected in zip(nets[1].matrices(), nets[0].matrices(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_frozen_block_gets_no_gradient_and_does_not_hinder_the_others():
     net = make("DKP")
     net.model[1].requires_grad_(False)

@@ -98,6 +98,17 @@ def test_a_signal_finishes_the_step_and_resume_goes_on_exactly(run, mode, number
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
 
 
+def test_a_run_resumed_in_another_memory_format_goes_on_the_same_but_for_rounding(run, tmp_path):
+    nets = []
+    for flags in ([], ["--channels-last"]):
+        out = f"run{len(flags)}"
+        assert run("--epochs", 1, out=out) == 0
+        assert run("--epochs", 2, "--resume", tmp_path / out, *flags) == 0
+        nets.append(checkpoint(tmp_path / out)["net"])
+    for name, value in nets[0].items():
+        torch.testing.assert_close(nets[1][name], value, atol=1e-4, rtol=1e-3)
+
+
 @each_mode
 def test_a_seeded_run_is_repeatable_bit_for_bit(run, mode, tmp_path):
     run(*mode, "--epochs", 1, "--seed", 5, out="first")
