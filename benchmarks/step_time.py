@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or No
     "DKP inplace": {"rule": "DKP", "update": "inplace", "feedback_lr": 5e-3, "feedback_weight_decay": 1e-6},
 }
 # many nets of one class are compiled here, told apart by their hooks
-DYNAMO = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64}
+DYNAMO = {"skip_nnmodule_hook_guards": False, "cache_size_limit": 64}
 Step = Callable[[], None]
 Roots = tuple[list[Tensor], list[Tensor | None]]  # what to go backward from, and the gradients there
 Forward = Callable[[Tensor, Tensor], Roots]
