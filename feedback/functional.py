@@ -3,7 +3,7 @@
 Two autograd Functions make it. `FeedbackPoint` stands at a block's output and holds the products with B; `Broadcast`
 stands at the logits and hands e = dL/dlogits to all of them. Autograd runs a node's backward in the reverse order of
 its making, so a point that is made as its block ends turns e into the block's learning signal when that block's own
-backward is next: one signal lives at a time, and it is still in the cache when it is read.
+backward is next: no two signals live at a time.
 
 Shapes: N batch, K classes, D features of one block (feature maps are flattened to D).
 """
