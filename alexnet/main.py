@@ -1,6 +1,7 @@
 """AlexNet with batch norm on CIFAR-100 or an ImageNet folder, by BP, FA, KP, DFA, DKP or LAS, in one process or many.
 
 Run:    python alexnet/main.py --multiprocessing-distributed
+Result: at 64x64, 5 epochs: 25.30 % top-1 (n=1; BP 23.39, DFA 12.74), settings and hardware in README.md
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
 """
 
