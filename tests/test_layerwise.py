@@ -72,7 +72,9 @@ def test_gradients_equal_those_worked_out_by_hand(rule, shape):
 
 
 @both
-@pytest.mark.parametrize("make", [ConvNet, lambda: AlexNet(10)], ids=["ConvNet", "AlexNet"])
+@pytest.mark.parametrize(
+    "make", [ConvNet, pytest.param(lambda: AlexNet(10), marks=pytest.mark.slow)], ids=["ConvNet", "AlexNet"]
+)
 def test_equals_bp_where_b_is_the_weight(rule, make):
     torch.manual_seed(0)
     model = make().double()
