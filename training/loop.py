@@ -258,10 +258,9 @@ def epoch_row(job: Job) -> dict[str, float | None]:
     if rank() == 0:
         with job.precision():
             angles = alignment(job.net.train(), *job.probe)
+        # not of biases and batch norm: in front of a batch norm a bias's gradient is rounding noise
         of_vectors = {name for name, parameter in job.net.model.named_parameters() if parameter.dim() == 1}
-        angles = {
-            name: values for name, values in angles.items() if name not in of_vectors
-        }  # weights are telling enough
+        angles = {name: values for name, values in angles.items() if name not in of_vectors}
     row |= {f"{key}_{name}": value for name, values in angles.items() for key, value in values.items()}
     if rank() == 0:
         degrees = " ".join(f"{point} {angles[point]['alignment_deg']:.1f}" for point in job.net.points)
