@@ -7,7 +7,9 @@ Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignme
 
 import functools
 import itertools
+import json
 import math
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -33,11 +35,14 @@ from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
 from training.setup import SCHEDULES, make_optimizers, set_learning_rates, wrap
 
+BEST_RECIPE = Path(__file__).parent / "training" / "best_recipe.json"  # of each rule: what the search in README found
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT = (
+    "recipe",
     "train_mode",
     "dataset",
     "b_update",
+    "b_scale",
     "batch_size",
     "seed",
     "precision",
@@ -55,6 +60,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
     add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
+    add("--recipe", choices=("original", "best"), default="original", help="defaults of the flags (default: original)")
     add("--validation", type=positive_int, metavar="N", help="hold out N training images and test on them instead")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (default: 64)")
     add("--test-batch-size", type=positive_int, default=1000, metavar="N", help="images per test batch (default: 1000)")
@@ -77,13 +83,19 @@ def make_parser() -> Parser:
         metavar="RUN",
         help="continue the run in this folder; its arguments hold unless given anew",
     )
-    add_feedback_arguments(parser, b_lr=1e-4, b_wd=1e-6, gamma=0.8)
+    add_feedback_arguments(parser, b_lr=1e-4, b_wd=1e-6, gamma=0.8, b_scale=1.0)
     return parser
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] | None, Parser]:
     """Parse the command line; with --resume, over that run's own arguments, and with its checkpoint."""
     parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    asked, _ = parser.parse_known_args(argv)
+    if asked.recipe == "best" and asked.resume is None:
+        if asked.b_update == "inplace":
+            parser.error("--recipe best is for B learned by Adam: it does not go with --b-update inplace")
+        argv = [*json.loads(BEST_RECIPE.read_text())[asked.train_mode], *argv]
     args, checkpoint = parse_run_arguments(parser, argv, "checkpoint.pt", "ConvNet", FIXED_BY_THE_CHECKPOINT)
     if args.dry_run:
         args.epochs = 1

@@ -16,12 +16,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from feedback import LEARNED
+
 from models import AlexNet
 from training.arguments import (
     Parser,
@@ -46,7 +45,7 @@ from training.setup import make_optimizers, set_learning_rates, wrap
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = ("arch", "train_mode", "dataset", "b_update", "seed", "image_size")
+FIXED_BY_THE_CHECKPOINT = ("arch", "train_mode", "dataset", "b_update", "b_scale", "seed", "image_size")
 # not of the experiment, so not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "start_epoch", "workers", "compile", "limit_batches"}
 OF_THE_PROCESSES = {"world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "gpu", "nprocs_per_node"}
@@ -106,7 +105,7 @@ def make_parser() -> Parser:
         "--dist-timeout", type=positive_int, default=600, metavar="S", help="seconds to wait for others (default: 600)"
     )
     processes("--gpu", type=nonnegative_int, metavar="N", help="the GPU of a single process (default: 0)")
-    add_feedback_arguments(parser, b_lr=0.01, b_wd=1e-4, gamma=1.0)
+    add_feedback_arguments(parser, b_lr=0.01, b_wd=1e-4, gamma=1.0, b_scale=0.0)
     return parser
 
 
@@ -202,8 +201,7 @@ def work(args: Namespace, device: torch.device) -> int:
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     if args.channels_last:
         model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
-    init = nn.init.zeros_ if args.train_mode in LEARNED else None
-    net = wrap(args, model, example, init)
+    net = wrap(args, model, example)
     optimizers = make_optimizers(args, net, nesterov=False)
     torch.manual_seed(args.seed + rank())  # dropout: another mask on every rank
     train_net = net

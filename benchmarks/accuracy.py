@@ -2,6 +2,7 @@
 
 Run:    python benchmarks/accuracy.py --data DIR
 Search: python benchmarks/accuracy.py --data DIR --search, then --recipe benchmarks/results/NAME/recipe.json
+        --recipe best is what such a search has found
 Stop it with Ctrl-C; the same command goes on where it was, and several of them at once share the runs. Every flag that
 is not listed below goes to each run of main.py.
 """
@@ -21,12 +22,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from torch.quasirandom import SobolEngine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as script
-from feedback import RULES
+from feedback import LEARNED, RULES
 from training.arguments import Parser, positive_int, run_script, seed
 from training.run import REPOSITORY
 from training.synthetic import synthetic_images
@@ -37,7 +37,7 @@ from matplotlib import pyplot as plt
 RUNS, RESULTS = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
 BATCH_SIZE = 50
 OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")  # not for the user to give
-TRIALS, HELD_OUT = 9, 5000  # of a search: settings per rule, and training images to choose them on
+TRIALS, HELD_OUT = 9, 5000  # of a search: runs per rule and seed, and training images to choose settings on
 # shade, line and marker of each rule: any one of the three tells them apart
 STYLES = [
     ("#000000", "-", "o"),
@@ -73,29 +73,44 @@ def make_parser() -> Parser:
     add("--data", default="data", metavar="DIR", help="folder where CIFAR-10 is found and kept (default: ./data)")
     add("--modes", nargs="+", choices=RULES, default=RULES, metavar="MODE", help=f"default: {' '.join(RULES)}")
     add("--seeds", nargs="+", type=seed, metavar="N", help="default: 1 2 3; 1 for a search")
-    add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50; 5 for a search)")
-    add("--recipe", default="original", help="original, or a recipe.json that a search has written (default: original)")
+    add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50; 3 for a search)")
+    add("--recipe", default="original", help="original, best, or a recipe.json that a search wrote (default: original)")
     add("--search", action="store_true", help=f"try {TRIALS} settings per rule on {HELD_OUT} held-out training images")
     add("--name", help="of the folders under runs/ and benchmarks/results/ (default: cifar10-RECIPE-N-epochs)")
     add("--quick", action="store_true", help="two epochs of a tiny set in a folder of their own, to see that it runs")
     return parser
 
 
-def trials(mode: str, number: int) -> dict[str, tuple[str, ...]]:
-    """The settings that a search tries, by name: the original's, then `number` - 1 others, the same for every rule.
+def stages(mode: str) -> list[list[dict[str, str]]]:
+    """What a search changes, stage by stage, each the changes to try on the best settings of the stages before.
 
-    They are a Sobol sequence, so each of the numbers takes values all over its range (random search, Bergstra, Bengio
-    2012, spread evenly). A rule whose B has no learning rate of its own tries W's settings alone.
+    With the original's settings that is `TRIALS` runs for each rule: W's learning rate and schedule first; then the
+    learning rate, schedule, decay and start of B where those are its own, else more of W's, and B's start.
     """
-    args, _, _ = script.parse_arguments(["--train-mode", mode])
-    settings: dict[str, tuple[str, ...]] = {"original": ()}
-    for i, point in enumerate(SobolEngine(5, scramble=True, seed=0).draw(number - 1).tolist(), start=1):
-        flags = ["--lr", f"{5e-4 * 40 ** point[0]:.1e}", "--schedule", "one-cycle" if point[1] < 0.75 else "constant"]
-        if args.b_lr is not None:
-            gamma, b_wd = ("0.8", "0.95", "1")[int(3 * point[3])], ("1e-6", "1e-4")[int(2 * point[4])]
-            flags += ["--b-lr", f"{1e-5 * 1000 ** point[2]:.1e}", "--gamma", gamma, "--b-wd", b_wd]
-        settings[f"trial{i}"] = tuple(flags)
-    return settings
+    one_cycle = [{"--schedule": "one-cycle", "--lr": lr} for lr in ("0.002", "0.005", "0.01")]
+    if mode in LEARNED:
+        b_lr = [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}]
+        return [one_cycle, b_lr, [{"--gamma": "1"}], [{"--b-wd": "1e-3"}], [{"--b-scale": "0"}]]
+    rest = [{"--b-scale": "0.5"}, {"--b-scale": "2"}]
+    if mode == "BP":
+        rest = [{"--lr": "0.03"}, {"--schedule": "constant", "--lr": "0.005"}]
+    return [one_cycle, [{"--lr": "0.02"}], [{"--wd": "1e-4"}, {"--wd": "1e-3"}], rest]
+
+
+def search_runs(mode: str, seeds: Sequence[int], flags: Sequence[str], folder: Path, epochs: int) -> list[Run]:
+    """The runs of `mode` in a search, as far as they can be known: to the first stage that is not over."""
+    settings: dict[str, dict[str, str]] = {"original": {}}
+    runs = [Run(mode, seed, "original", tuple(flags)) for seed in seeds]
+    for changes in stages(mode):
+        best = best_outcomes(outcomes_of(runs, folder, "validation_accuracy", epochs)).get(mode)
+        if best is None or not all(is_over(folder / run.name, epochs) for run in runs):
+            break
+        for change in changes:
+            name = "-".join(f"{flag.lstrip('-')}-{value}" for flag, value in change.items())
+            settings[name] = settings[best.recipe] | change
+            own = [text for pair in settings[name].items() for text in pair]
+            runs += [Run(mode, seed, name, (*own, *flags)) for seed in seeds]
+    return runs
 
 
 def read_recipe(path: Path, modes: Sequence[str]) -> dict[str, list[str]]:
@@ -107,7 +122,7 @@ def read_recipe(path: Path, modes: Sequence[str]) -> dict[str, list[str]]:
     try:
         recipe = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--recipe: cannot read {path}, expected original or a recipe.json ({error})") from error
+        raise ValueError(f"--recipe: cannot read {path}, expected original, best or a recipe.json ({error})") from error
     missing = [mode for mode in modes if mode not in recipe]
     if missing:
         raise ValueError(f"--recipe: {path} has nothing for {', '.join(missing)}")
@@ -164,26 +179,31 @@ def train(run: Run, folder: Path, args: Namespace) -> None:
         (folder / "failed").touch()
 
 
-def sweep(runs: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
-    """Train all `runs` that are not over nor another process's; after each, write the results of the whole sweep."""
+def sweep(runs: list[Run], to_come: int, runs_folder: Path, results: Path, args: Namespace) -> None:
+    """Train all `runs` that are not over nor another process's; after each, write the results of the whole sweep.
+
+    `to_come` is how many more runs will follow these.
+    """
     for number, run in enumerate(runs, start=1):
         folder = runs_folder / run.name
         with locked(folder) as free:
             if not free:
-                print(f"run {number}/{len(runs)}, {run.name}: another process is at it, passed over", flush=True)
+                print(f"{run.name}: another process is at it, passed over", flush=True)
                 continue
             if is_over(folder, args.epochs):
                 continue
-            print(f"run {number}/{len(runs)}, {run.name}; {what_is_left(runs, runs_folder, args.epochs)}", flush=True)
+            left = what_is_left(runs, to_come, runs_folder, args.epochs)
+            print(f"run {number}/{len(runs) + to_come}, {run.name}; {left}", flush=True)
             train(run, folder, args)
         write_results(remembered(results, runs, args), runs_folder, results, args)
     write_results(remembered(results, runs, args), runs_folder, results, args)
 
 
-def what_is_left(runs: list[Run], runs_folder: Path, epochs: int) -> str:
+def what_is_left(runs: list[Run], to_come: int, runs_folder: Path, epochs: int) -> str:
     """The epochs to train, and for about how long by the mean of those that are done."""
     done = {run: metrics(runs_folder / run.name) for run in runs}
     left = sum(epochs - len(rows) for run, rows in done.items() if not is_over(runs_folder / run.name, epochs))
+    left += epochs * to_come
     seconds = [float(row["seconds"]) for rows in done.values() for row in rows]
     if not seconds:
         return f"{left} epochs to go"
@@ -208,7 +228,8 @@ def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Names
     configs = [runs_folder / run.name / "config.json" for run in runs if metrics(runs_folder / run.name)]
     (results / "table.md").write_text(table(outcomes, split, args.epochs) + where(configs))
     if args.search:
-        (results / "recipe.json").write_text(json.dumps(best_flags(outcomes), indent=2) + "\n")
+        recipe = {mode: outcome.flags for mode, outcome in best_outcomes(outcomes).items()}
+        (results / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     else:
         plot(rows, {f"{split}_accuracy": f"{split} accuracy, %"}, results / "accuracy.png", height_px=450)
         angles = [key for key in rows[0] if key.startswith("alignment_deg_")]
@@ -272,15 +293,15 @@ def where(configs: list[Path]) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-def best_flags(outcomes: list[Outcome]) -> dict[str, tuple[str, ...]]:
-    """Of each rule, the flags of best mean accuracy at the last epoch, among those whose runs are all whole."""
+def best_outcomes(outcomes: list[Outcome]) -> dict[str, Outcome]:
+    """Of each rule, the one of best mean accuracy at the last epoch, among those whose runs are all whole."""
     best: dict[str, Outcome] = {}
     for outcome in outcomes:
         if len(outcome.last) == outcome.runs:
             leader = best.setdefault(outcome.mode, outcome)
             if statistics.mean(outcome.last) > statistics.mean(leader.last):
                 best[outcome.mode] = outcome
-    return {mode: outcome.flags for mode, outcome in best.items()}
+    return best
 
 
 def plot(rows: list[Row], titles: dict[str, str], path: Path, height_px: int) -> None:
@@ -314,25 +335,21 @@ def plot(rows: list[Row], titles: dict[str, str], path: Path, height_px: int) ->
         plt.close(figure)
 
 
-def make_runs(args: Namespace, flags: list[str]) -> tuple[str, list[Run]]:
-    """The name of what is tried, and the runs of it, all rules before the next seed; `flags` go to each.
+def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
+    """The runs, all rules before the next seed; of a search, as far as `folder` lets them be known. `flags` go to each.
 
     Raises:
         ValueError: the recipe cannot be read.
     """
-    name, recipes = "original", {mode: {"original": ()} for mode in args.modes}
     if args.search:
-        number = 3 if args.quick else TRIALS
-        name, recipes = "search", {mode: trials(mode, number) for mode in args.modes}
-    elif args.recipe != "original":
-        recipe = read_recipe(Path(args.recipe), args.modes)
-        name, recipes = "best", {mode: {"best": tuple(recipe[mode])} for mode in args.modes}
-    return name, [
-        Run(mode, number, recipe, (*settings, *flags))
-        for number in dict.fromkeys(args.seeds)
-        for mode in dict.fromkeys(args.modes)
-        for recipe, settings in recipes[mode].items()
-    ]
+        return [run for mode in args.modes for run in search_runs(mode, args.seeds, flags, folder, args.epochs)]
+    recipe, name = dict.fromkeys(args.modes, ()), args.recipe
+    if args.recipe != "original":
+        recipe, name = (
+            read_recipe(script.BEST_RECIPE if args.recipe == "best" else Path(args.recipe), args.modes),
+            "best",
+        )
+    return [Run(mode, seed, name, (*recipe[mode], *flags)) for seed in args.seeds for mode in args.modes]
 
 
 def remembered(results: Path, runs: list[Run], args: Namespace) -> list[Run]:
@@ -357,8 +374,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the sweep that the command line asks for; return 0."""
     parser = make_parser()
     args, flags = parser.parse_known_args(argv)
-    args.seeds = args.seeds or ([1] if args.search else [1, 2, 3])
-    args.epochs = args.epochs or (5 if args.search else 50)
+    args.modes = list(dict.fromkeys(args.modes))
+    args.seeds = list(dict.fromkeys(args.seeds or ([1] if args.search else [1, 2, 3])))
+    args.epochs = args.epochs or (3 if args.search else 50)
     args.validation = HELD_OUT if args.search else None
     for flag in flags:
         if flag.partition("=")[0] in OF_THE_SWEEP:
@@ -372,15 +390,22 @@ def main(argv: list[str] | None = None) -> int:
             runs_folder, results_folder = args.data / "runs", args.data / "results"
             np.savez(args.data / "cifar10.npz", **synthetic_images(10, 64, 32))
             args.seeds, args.epochs, args.validation = args.seeds[:2], 2, args.validation and 16
-        try:
-            name, runs = make_runs(args, flags)
-            name = args.name or f"cifar10-{name}-{args.epochs}-epochs"
-            results = results_folder / name
-            results.mkdir(parents=True, exist_ok=True)
-            remembered(results, runs, args)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        sweep(runs, runs_folder / name, results, args)
+        kind = "search" if args.search else "original" if args.recipe == "original" else "best"
+        name = args.name or f"cifar10-{kind}-{args.epochs}-epochs"
+        runs_folder, results = runs_folder / name, results_folder / name
+        runs: list[Run] = []
+        while True:
+            before = runs
+            try:
+                runs = make_runs(args, flags, runs_folder)
+                results.mkdir(parents=True, exist_ok=True)
+                remembered(results, runs, args)
+            except (ValueError, OSError) as error:
+                parser.error(str(error))
+            if runs == before:  # not so in a search, where the runs that are over tell the next
+                break
+            to_come = TRIALS * len(args.modes) * len(args.seeds) - len(runs) if args.search else 0
+            sweep(runs, to_come, runs_folder, results, args)
         print((results / "table.md").read_text(), end="")
         print(f"see {', '.join(sorted(file.name for file in results.iterdir()))} in {results}")
     return 0

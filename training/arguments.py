@@ -14,7 +14,9 @@ from training.checkpoint import load_checkpoint
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose flags cannot be abbreviated."""
 
-    feedback_defaults: dict[str, float]  # of B's flags, set by `add_feedback_arguments`
+    # of B's flags, set by `add_feedback_arguments`
+    feedback_defaults: dict[str, float]
+    learned_b_scale: float
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -83,15 +85,22 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def add_feedback_arguments(parser: Parser, b_lr: float, b_wd: float, gamma: float) -> None:
+def add_feedback_arguments(parser: Parser, b_lr: float, b_wd: float, gamma: float, b_scale: float) -> None:
     """Add the flags of the learning rule and of B; the numbers are the defaults that --help names for DKP and LAS."""
     parser.add_argument("--train-mode", choices=RULES, default="DKP", help="learning rule (default: DKP)")
+    parser.add_argument(
+        "--b-scale",
+        type=nonnegative_float,
+        metavar="X",
+        help=f"factor on B's random start, 0: B starts at zero (default: 1; {b_scale:g} for DKP and LAS)",
+    )
     add = parser.add_argument_group("B, with --train-mode DKP or LAS only").add_argument
     add("--b-update", choices=UPDATES, help="how B learns: by Adam, or in the backward pass (default: optimizer)")
     add("--b-lr", type=nonnegative_float, help=f"learning rate of B (default: {b_lr}; in place lr / (1 - momentum))")
     add("--b-wd", type=nonnegative_float, help=f"weight decay of B (default: {b_wd})")
     add("--gamma", type=fraction, help=f"factor on B's learning rate after each epoch (default: {gamma})")
     parser.feedback_defaults = {"b_lr": b_lr, "b_wd": b_wd, "gamma": gamma}
+    parser.learned_b_scale = b_scale
 
 
 def flag(key: str) -> str:
@@ -146,4 +155,8 @@ def parse_run_arguments(
             if getattr(args, key) is not None:
                 why = "B is trained as W is" if args.train_mode == "KP" else "B is not trained"
                 parser.error(f"{flag(key)} needs --train-mode {' or '.join(LEARNED)}, got {args.train_mode}: {why}")
+    if args.train_mode == "BP" and args.b_scale is not None:
+        parser.error("--b-scale does not go with --train-mode BP: there is no B")
+    if args.train_mode != "BP" and args.b_scale is None:
+        args.b_scale = parser.learned_b_scale if args.train_mode in LEARNED else 1.0
     return args, checkpoint

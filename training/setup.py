@@ -2,8 +2,6 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +12,15 @@ SCHEDULES = ("constant", "one-cycle")
 WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
 
 
-def wrap(
-    args: Namespace, model: nn.Module, example: Tensor, init: Callable[[Tensor], Any] | None = None
-) -> DirectFeedback:
-    """Wrap `model` at its own points, by the rule and the update of B that the arguments name."""
+def wrap(args: Namespace, model: nn.Module, example: Tensor) -> DirectFeedback:
+    """Wrap `model` at its own points, by the rule, the update of B and the factor on B's start in the arguments."""
     inplace = {}
     if args.b_update == "inplace":
         inplace = {"update": "inplace", "feedback_lr": args.b_lr, "feedback_weight_decay": args.b_wd}
-    return DirectFeedback(model, model.points, args.train_mode, example, init=init, **inplace)
+    net = DirectFeedback(model, model.points, args.train_mode, example, **inplace)
+    for matrix in net.feedback.state_dict().values():
+        matrix.mul_(args.b_scale)
+    return net
 
 
 def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> list[torch.optim.Optimizer]:
