@@ -49,6 +49,7 @@ STYLES = [
 ]
 
 Row = dict[str, str]
+Changes = dict[str, str | None]  # flags of main.py and their values, None for one that has no value
 
 
 @dataclass(frozen=True)
@@ -81,35 +82,45 @@ def make_parser() -> Parser:
     return parser
 
 
-def stages(mode: str) -> list[list[dict[str, str]]]:
+def stages(mode: str) -> list[list[Changes]]:
     """What a search changes, stage by stage, each the changes to try on the best settings of the stages before.
 
-    With the original's settings that is `TRIALS` runs for each rule: W's learning rate and schedule first; then the
-    learning rate, schedule, decay and start of B where those are its own, else more of W's, and B's start.
+    It starts from the original's settings, and is `TRIALS` runs for each rule: learning rate and schedule of W first,
+    with and without --fc-norm; then the learning rate, schedule, decay and start of B where those are its own, else
+    more of W's, and B's start.
     """
-    one_cycle = [{"--schedule": "one-cycle", "--lr": lr} for lr in ("0.002", "0.005", "0.01")]
+    one_cycle: Changes = {"--schedule": "one-cycle"}
+    weights: list[Changes] = [one_cycle | {"--lr": lr} for lr in ("0.002", "0.005")]
+    weights += [one_cycle | {"--lr": lr, "--fc-norm": None} for lr in ("0.005", "0.01")]
     if mode in LEARNED:
-        b_lr = [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}]
-        return [one_cycle, b_lr, [{"--gamma": "1"}], [{"--b-wd": "1e-3"}], [{"--b-scale": "0"}]]
-    rest = [{"--b-scale": "0.5"}, {"--b-scale": "2"}]
+        b_lr: list[Changes] = [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}]
+        return [weights, b_lr, [{"--gamma": "1"}], [{"--b-wd": "1e-3"}], [{"--b-scale": "0"}]]
+    rest: list[Changes] = [{"--b-scale": "0.5"}, {"--b-scale": "2"}]
     if mode == "BP":
         rest = [{"--lr": "0.03"}, {"--schedule": "constant", "--lr": "0.005"}]
-    return [one_cycle, [{"--lr": "0.02"}], [{"--wd": "1e-4"}, {"--wd": "1e-3"}], rest]
+    return [weights, [{"--lr": "0.02"}], [{"--wd": "1e-4"}, {"--wd": "1e-3"}], rest]
+
+
+def words(changes: Changes) -> list[str]:
+    """Flags and values as a command line has them."""
+    return [word for pair in changes.items() for word in pair if word is not None]
 
 
 def search_runs(mode: str, seeds: Sequence[int], flags: Sequence[str], folder: Path, epochs: int) -> list[Run]:
     """The runs of `mode` in a search, as far as they can be known: to the first stage that is not over."""
-    settings: dict[str, dict[str, str]] = {"original": {}}
-    runs = [Run(mode, seed, "original", tuple(flags)) for seed in seeds]
-    for changes in stages(mode):
-        best = best_outcomes(outcomes_of(runs, folder, "validation_accuracy", epochs)).get(mode)
-        if best is None or not all(is_over(folder / run.name, epochs) for run in runs):
-            break
-        for change in changes:
-            name = "-".join(f"{flag.lstrip('-')}-{value}" for flag, value in change.items())
-            settings[name] = settings[best.recipe] | change
-            own = [text for pair in settings[name].items() for text in pair]
-            runs += [Run(mode, seed, name, (*own, *flags)) for seed in seeds]
+    settings: dict[str, Changes] = {}
+    runs: list[Run] = []
+    for stage in stages(mode):
+        base: Changes = {}
+        if runs:
+            best = best_outcomes(outcomes_of(runs, folder, "validation_accuracy", epochs)).get(mode)
+            if best is None or not all(is_over(folder / run.name, epochs) for run in runs):
+                break
+            base = settings[best.recipe]
+        for changes in stage:
+            name = "-".join(words(changes)).replace("--", "")
+            settings[name] = base | changes
+            runs += [Run(mode, seed, name, (*words(settings[name]), *flags)) for seed in seeds]
     return runs
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import struct
 
@@ -16,7 +17,6 @@ def sweep(accuracy, data_folder, tmp_path, monkeypatch):
     """Run the sweep on 40 images, two epochs, with its folders under tmp_path; return the folder of its results."""
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(accuracy, "TRIALS", 3)
     monkeypatch.setattr(accuracy, "HELD_OUT", 16)
 
     def run(*flags, name="it"):
@@ -44,6 +44,12 @@ def trained(accuracy, monkeypatch):
 def rows(results):
     with open(results / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def flags_of(text):
+    """Of a row, what the search chose: {flag: value or None}."""
+    pairs = re.findall(r"(--\S+)(?: ([^-]\S*))?", text.removesuffix(" --no-cuda --wd 0"))
+    return {flag: value or None for flag, value in pairs}
 
 
 def width(path):
@@ -125,31 +131,48 @@ def test_a_run_that_blows_up_is_counted_and_not_tried_again(sweep, trained):
     )
 
 
-def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(sweep, trained):
-    found = sweep("--search", "--modes", "FA", "DKP", name="search")
-    assert len(trained) == 6 and all(not any(key.startswith("test_") for key in row) for row in rows(found))
+def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(accuracy, sweep, trained, capsys):
+    found = sweep("--search", "--modes", "FA", "DKP", "--wd", 0, name="search")
+    assert len(trained) == 2 * accuracy.TRIALS == len(set(trained))
+    assert "run 18/18" in capsys.readouterr().out
+    assert all(not any(key.startswith("test_") for key in row) for row in rows(found))
     recipe = json.loads((found / "recipe.json").read_text())
-    accuracies = {}
-    for row in rows(found):
-        if row["epoch"] == "2":
-            accuracies.setdefault(row["mode"], []).append((float(row["validation_accuracy"]), row["flags"]))
     for mode in ("FA", "DKP"):
-        best = max(accuracy for accuracy, _ in accuracies[mode])
-        assert (best, " ".join(recipe[mode])) in accuracies[mode]
-        flags = [flags for _, flags in accuracies[mode]]
-        assert len(set(flags)) == 3 and flags[0] == "--no-cuda"
-        assert all(("--b-lr" in settings) == (mode == "DKP") for settings in flags[1:])
+        accuracies = {
+            row["recipe"]: (float(row["validation_accuracy"]), row["flags"])
+            for row in rows(found)
+            if (row["mode"], row["epoch"]) == (mode, "2")
+        }
+        best = max(accuracy for accuracy, _ in accuracies.values())
+        assert (best, " ".join(recipe[mode])) in accuracies.values()
+        tried = []
+        for stage in accuracy.stages(mode):  # each on the best settings of the stages before
+            base = max(tried, key=lambda name: accuracies[name][0], default=None)
+            before = dict(flags_of(accuracies[base][1])) if base else {}
+            for changes in stage:
+                expected = before | changes
+                (name,) = (n for n, (_, f) in accuracies.items() if flags_of(f) == expected and n not in tried)
+                tried.append(name)
+        assert len(tried) == accuracy.TRIALS == len(accuracies)
     results = sweep("--recipe", found / "recipe.json", "--modes", "DKP", "--seeds", 4, name="best")
     assert {row["recipe"] for row in rows(results)} == {"best"} and (results / "accuracy.png").exists()
 
 
-def test_a_search_draws_the_same_settings_for_every_rule_all_over_their_ranges(accuracy):
-    of_dkp, of_bp = accuracy.trials("DKP", 9), accuracy.trials("BP", 9)
-    assert all(of_dkp[name][: len(flags)] == flags for name, flags in of_bp.items()) and len(of_bp) == 9
-    rates = sorted(float(flags[1]) for name, flags in of_bp.items() if name != "original")
-    assert 5e-4 <= rates[0] < 1e-3 and 1e-2 < rates[-1] <= 2e-2
-    for flags in (*of_dkp.values(), *of_bp.values()):
-        main.parse_arguments(["--train-mode", "DKP" if "--b-lr" in flags else "BP", *flags])
+def test_a_search_waits_for_what_another_process_trains(accuracy, sweep, trained, tmp_path, capsys):
+    with accuracy.locked(tmp_path / "runs" / "it" / "BP-schedule-one-cycle-lr-0.002-seed1"):
+        sweep("--search", "--modes", "DFA")
+        sweep("--search", "--modes", "BP")
+        assert len(trained) == accuracy.TRIALS + len(accuracy.stages("BP")[0]) - 1
+    sweep("--search", "--modes", "BP")
+    assert len(trained) == 2 * accuracy.TRIALS
+
+
+def test_a_search_has_as_many_runs_for_every_rule_and_main_takes_them_all(accuracy):
+    for mode in RULES:
+        changes = [change for stage in accuracy.stages(mode) for change in stage]
+        assert len(changes) == accuracy.TRIALS
+        for change in changes:
+            main.parse_arguments(["--train-mode", mode, *accuracy.words(change)])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +180,7 @@ def test_a_search_draws_the_same_settings_for_every_rule_all_over_their_ranges(a
     [
         (("--modes", "XYZ"), "--modes"),
         (("--seeds", "-1"), "--seeds"),
-        (("--recipe", "nowhere.json"), "--recipe: cannot read nowhere.json, expected original or a recipe.json"),
+        (("--recipe", "nowhere.json"), "--recipe: cannot read nowhere.json, expected original, best or a recipe.json"),
         (("--recipe", "nowhere.json", "--search"), "--recipe does not go with --search"),
         (("--out", "elsewhere"), "--out is for the sweep itself"),
         (("--validation=3",), "--validation=3 is for the sweep itself"),

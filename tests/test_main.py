@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import main
+from feedback import RULES
 from training import data
 from training.checkpoint import CONTENT, load_checkpoint, save_checkpoint
 
@@ -271,12 +272,51 @@ def test_one_cycle_rises_and_falls_and_leaves_b_to_gamma(run, tmp_path, monkeypa
     assert last["lr"] == lr[-1] == float(metrics(tmp_path / "run")[-1]["lr"])
 
 
+@pytest.mark.parametrize("mode", ["FA", "KP", "DFA", "DKP", "LAS"])
+def test_b_scale_is_a_factor_on_bs_start_alone(run, tmp_path, mode, monkeypatch):
+    monkeypatch.setattr(main, "fit", lambda job: save_checkpoint(job.folder / "net.pt", job.net.state_dict()) or 0)
+    nets = {}
+    for scale in ((), (1,), (0.5,), (0,)):
+        out = f"run{scale}"
+        run("--train-mode", mode, *(("--b-scale", *scale) if scale else ()), out=out)
+        nets[scale] = torch.load(tmp_path / out / "net.pt", weights_only=True)
+    for name, value in nets[()].items():
+        assert torch.equal(nets[1,][name], value)
+        for scale in (0.5, 0):
+            expected = scale * value if name.startswith("feedback.") else value
+            assert torch.equal(nets[scale,][name], expected), name
+    assert any(name.startswith("feedback.") and value.any() for name, value in nets[()].items())
+
+
 def test_fc_norm_is_a_batch_norm_in_fc1(run, tmp_path):
     run("--epochs", 1, "--fc-norm", "--save-model")
     model = main.ConvNet(fc_norm=True)
     model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
     assert [type(module).__name__ for module in model.fc1] == ["Linear", "BatchNorm1d", "ReLU"]
     assert [type(module).__name__ for module in main.ConvNet().fc1] == ["Linear", "ReLU"]
+
+
+def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"DKP": ["--lr", "0.125", "--b-lr", "0.5", "--fc-norm"], "BP": ["--lr", "0.25"]}))
+    monkeypatch.setattr(main, "BEST_RECIPE", recipe)
+    assert run("--recipe", "best", "--epochs", 1, "--b-lr", 0.25) == 0
+    assert run("--recipe", "best", "--train-mode", "BP", "--epochs", 1, out="bp") == 0
+    args = checkpoint(tmp_path / "run")["args"]
+    assert (args["lr"], args["b_lr"], args["fc_norm"], args["recipe"]) == (0.125, 0.25, True, "best")
+    assert checkpoint(tmp_path / "bp")["args"]["lr"] == 0.25
+    recipe.write_text("{}")
+    assert run("--resume", tmp_path / "run", "--epochs", 2) == 0
+    assert checkpoint(tmp_path / "run")["args"] == args | {"epochs": 2}
+    resume = ("--resume", tmp_path / "run", "--epochs", 3, "--recipe", "original")
+    assert_refused(capsys, lambda: run(*resume), "--recipe", "has best, got original")
+    assert_refused(capsys, lambda: run("--recipe", "best", "--b-update", "inplace"), "learned by Adam")
+
+
+def test_every_rule_has_a_best_recipe_that_main_takes():
+    for mode in RULES:
+        args, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
+        assert args.train_mode == mode
 
 
 def test_validation_holds_out_training_images_and_never_sees_the_test_set(run, tmp_path, data_folder, capsys):
@@ -372,6 +412,8 @@ def assert_refused(capsys, call, *fragments):
         ("--lr", "inf"),
         ("--b-lr", "-1"),
         ("--b-lr", "x"),
+        ("--b-scale", "-1"),
+        ("--recipe", "worst"),
         ("--lr", "1e300"),
         ("--gamma", "1.5"),
         ("--batch-size", "99999999999999999999"),
@@ -393,6 +435,14 @@ def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag
     assert_refused(
         capsys, lambda: run("--train-mode", mode, *flag), flag[0], f"needs --train-mode DKP or LAS, got {mode}"
     )
+
+
+def test_a_start_of_b_is_refused_for_bp_and_for_a_run_that_has_begun(run, capsys, tmp_path):
+    assert_refused(capsys, lambda: run("--train-mode", "BP", "--b-scale", 1), "--b-scale", "BP: there is no B")
+    assert run("--train-mode", "DFA", "--epochs", 1) == 0
+    resume = ("--resume", tmp_path / "run", "--epochs", 2)
+    assert_refused(capsys, lambda: run(*resume, "--b-scale", 2), "--b-scale", "has 1.0, got 2.0")
+    assert run(*resume, "--b-scale", 1) == 0
 
 
 def test_damaged_data_are_refused(run, capsys, data_folder, cifar10_arrays):
