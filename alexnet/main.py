@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
 from models import AlexNet
 from training.arguments import (
     Parser,

@@ -37,6 +37,7 @@ from matplotlib import pyplot as plt
 RUNS, RESULTS = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
 BATCH_SIZE = 50
 OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")  # not for the user to give
+ANGLE = "alignment_deg_"  # begins the columns of metrics.csv that hold a feedback point's angle
 TRIALS, HELD_OUT = 9, 5000  # of a search: runs per rule and seed, and training images to choose settings on
 # shade, line and marker of each rule: any one of the three tells them apart
 STYLES = [
@@ -243,20 +244,21 @@ def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Names
         (results / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     else:
         plot(rows, {f"{split}_accuracy": f"{split} accuracy, %"}, results / "accuracy.png", height_px=450)
-        angles = [key for key in rows[0] if key.startswith("alignment_deg_")]
-        titles = {key: f"angle to BP at {key.removeprefix('alignment_deg_')}, degrees" for key in angles}
+        angles = [key for key in rows[0] if key.startswith(ANGLE)]
+        titles = {key: f"angle to BP at {key.removeprefix(ANGLE)}, degrees" for key in angles}
         plot(rows, titles, results / "angles.png", height_px=350)
 
 
 @dataclass
 class Outcome:
-    """What came of the runs of one rule and settings: the accuracies in percent of the whole ones, and counts."""
+    """What came of the runs of one rule and settings: accuracies in percent and last angles of whole runs, counts."""
 
     mode: str
     recipe: str
     flags: tuple[str, ...]
     last: list[float] = field(default_factory=list)
     best: list[float] = field(default_factory=list)
+    angles: dict[str, list[float]] = field(default_factory=dict)
     runs: int = 0
     failed: int = 0
 
@@ -266,33 +268,40 @@ def outcomes_of(runs: list[Run], runs_folder: Path, accuracy: str, epochs: int) 
     outcomes: dict[tuple[str, str], Outcome] = {}
     for run in runs:
         outcome = outcomes.setdefault((run.mode, run.recipe), Outcome(run.mode, run.recipe, run.flags))
-        accuracies = [float(row[accuracy]) for row in metrics(runs_folder / run.name)]
+        rows = metrics(runs_folder / run.name)
+        accuracies = [float(row[accuracy]) for row in rows]
         outcome.runs += 1
         outcome.failed += (runs_folder / run.name / "failed").exists()
         if len(accuracies) == epochs:
             outcome.last.append(accuracies[-1])
             outcome.best.append(max(accuracies))
+            for key, value in rows[-1].items():
+                if key.startswith(ANGLE):
+                    outcome.angles.setdefault(key.removeprefix(ANGLE), []).append(float(value))
     return list(outcomes.values())
 
 
 def table(outcomes: list[Outcome], split: str, epochs: int) -> str:
     """The markdown table, a line for each rule and settings, and below it what its figures are."""
-    lines = [
-        "| rule | settings | last epoch, % | std | best epoch, % | std | n | failed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    points = list(dict.fromkeys(point for outcome in outcomes for point in outcome.angles))
+    heads = ["rule", "settings", "last epoch, %", "std", "best epoch, %", "std", "n", "failed"]
+    heads += [f"angle at {point}" for point in points]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for outcome in outcomes:
         flags = f" `{' '.join(outcome.flags)}`" if outcome.flags else ""
         cells = [outcome.mode, outcome.recipe + flags]
         for values in (outcome.last, outcome.best):
             cells.append(f"{statistics.mean(values):.2f}" if values else "")
             cells.append(f"{statistics.stdev(values):.2f}" if len(values) > 1 else "")
-        lines.append("| " + " | ".join([*cells, str(len(outcome.last)), str(outcome.failed)]) + " |")
+        cells += [str(len(outcome.last)), str(outcome.failed)]
+        cells += [f"{statistics.mean(outcome.angles[point]):.1f}" if outcome.angles else "" for point in points]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         f"Accuracy on the {split} images after {epochs} epochs, batch {BATCH_SIZE} unless named: mean and standard",
         f"deviation over n seeds. The best epoch is picked on the {split} images themselves, so it flatters: the last",
-        "is the result. failed: runs that ended early because their loss or weights were not finite.",
+        "is the result. failed: runs that ended early because their loss or weights were not finite. angle: to BP's",
+        "learning signal, in degrees, mean over seeds after the last epoch.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -346,6 +355,11 @@ def plot(rows: list[Row], titles: dict[str, str], path: Path, height_px: int) ->
         plt.close(figure)
 
 
+def kind(args: Namespace) -> str:
+    """What the runs are, in a word."""
+    return "search" if args.search else "original" if args.recipe == "original" else "best"
+
+
 def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
     """The runs, all rules before the next seed; of a search, as far as `folder` lets them be known. `flags` go to each.
 
@@ -354,13 +368,10 @@ def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
     """
     if args.search:
         return [run for mode in args.modes for run in search_runs(mode, args.seeds, flags, folder, args.epochs)]
-    recipe, name = dict.fromkeys(args.modes, ()), args.recipe
+    recipe = dict.fromkeys(args.modes, ())
     if args.recipe != "original":
-        recipe, name = (
-            read_recipe(script.BEST_RECIPE if args.recipe == "best" else Path(args.recipe), args.modes),
-            "best",
-        )
-    return [Run(mode, seed, name, (*recipe[mode], *flags)) for seed in args.seeds for mode in args.modes]
+        recipe = read_recipe(script.BEST_RECIPE if args.recipe == "best" else Path(args.recipe), args.modes)
+    return [Run(mode, seed, kind(args), (*recipe[mode], *flags)) for seed in args.seeds for mode in args.modes]
 
 
 def remembered(results: Path, runs: list[Run], args: Namespace) -> list[Run]:
@@ -401,8 +412,7 @@ def main(argv: list[str] | None = None) -> int:
             runs_folder, results_folder = args.data / "runs", args.data / "results"
             np.savez(args.data / "cifar10.npz", **synthetic_images(10, 64, 32))
             args.seeds, args.epochs, args.validation = args.seeds[:2], 2, args.validation and 16
-        kind = "search" if args.search else "original" if args.recipe == "original" else "best"
-        name = args.name or f"cifar10-{kind}-{args.epochs}-epochs"
+        name = args.name or f"cifar10-{kind(args)}-{args.epochs}-epochs"
         runs_folder, results = runs_folder / name, results_folder / name
         runs: list[Run] = []
         while True:

@@ -73,7 +73,9 @@ def test_a_sweep_writes_a_csv_a_table_and_plots_and_repeats_nothing(sweep, train
     cells = [cell.strip() for cell in line.split("|")[3:-1]]
     std = abs(last[0] - last[1]) / 2**0.5, abs(best[0] - best[1]) / 2**0.5
     figures = [sum(last) / 2, std[0], sum(best) / 2, std[1]]
-    assert cells == [*(f"{figure:.2f}" for figure in figures), "2", "0"]
+    assert cells[:6] == [*(f"{figure:.2f}" for figure in figures), "2", "0"]
+    angles = [float(row["alignment_deg_conv1"]) for row in found if (row["mode"], row["epoch"]) == ("DKP", "2")]
+    assert len(cells) == 9 and cells[6] == f"{sum(angles) / 2:.1f}"
     assert width(results / "accuracy.png") == width(results / "angles.png") == 800
     output = capsys.readouterr().out
     assert f"run 1/{2 * len(RULES)}, BP-original-seed1; {4 * len(RULES)} epochs to go" in output
