@@ -38,7 +38,7 @@ RUNS, RESULTS = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
 BATCH_SIZE = 50
 OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")  # not for the user to give
 ANGLE = "alignment_deg_"  # begins the columns of metrics.csv that hold a feedback point's angle
-TRIALS, HELD_OUT = 9, 5000  # of a search: runs per rule and seed, and training images to choose settings on
+TRIALS, HELD_OUT = 10, 5000  # of a search: runs per rule and seed, and training images to choose settings on
 # shade, line and marker of each rule: any one of the three tells them apart
 STYLES = [
     ("#000000", "-", "o"),
@@ -88,18 +88,19 @@ def stages(mode: str) -> list[list[Changes]]:
 
     It starts from the original's settings, and is `TRIALS` runs for each rule: learning rate and schedule of W first,
     with and without --fc-norm; then the learning rate, schedule, decay and start of B where those are its own, else
-    more of W's, and B's start.
+    more of W's, and B's start; last, one step of W's learning rate beyond the edge of what was tried.
     """
+    beyond: list[Changes] = [{"--lr": {"BP": "0.05", "DKP": "0.001", "LAS": "0.02"}.get(mode, "0.03")}]
     one_cycle: Changes = {"--schedule": "one-cycle"}
     weights: list[Changes] = [one_cycle | {"--lr": lr} for lr in ("0.002", "0.005")]
     weights += [one_cycle | {"--lr": lr, "--fc-norm": None} for lr in ("0.005", "0.01")]
     if mode in LEARNED:
         b_lr: list[Changes] = [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}]
-        return [weights, b_lr, [{"--gamma": "1"}], [{"--b-wd": "1e-3"}], [{"--b-scale": "0"}]]
+        return [weights, b_lr, [{"--gamma": "1"}], [{"--b-wd": "1e-3"}], [{"--b-scale": "0"}], beyond]
     rest: list[Changes] = [{"--b-scale": "0.5"}, {"--b-scale": "2"}]
     if mode == "BP":
         rest = [{"--lr": "0.03"}, {"--schedule": "constant", "--lr": "0.005"}]
-    return [weights, [{"--lr": "0.02"}], [{"--wd": "1e-4"}, {"--wd": "1e-3"}], rest]
+    return [weights, [{"--lr": "0.02"}], [{"--wd": "1e-4"}, {"--wd": "1e-3"}], rest, beyond]
 
 
 def words(changes: Changes) -> list[str]:
