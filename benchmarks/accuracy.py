@@ -37,7 +37,8 @@ from matplotlib import pyplot as plt
 RUNS, RESULTS = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
 BATCH_SIZE = 50
 OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")  # not for the user to give
-ANGLE = "alignment_deg_"  # begins the columns of metrics.csv that hold a feedback point's angle
+# what begins the columns of metrics.csv that hold angles: the learning signal's at a point, and the weights' gradient's
+ANGLES = {"alignment_deg_": "signal", "parameter_deg_": "gradient"}
 TRIALS, HELD_OUT = 10, 5000  # of a search: runs per rule and seed, and training images to choose settings on
 # shade, line and marker of each rule: any one of the three tells them apart
 STYLES = [
@@ -244,10 +245,20 @@ def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Names
         recipe = {mode: outcome.flags for mode, outcome in best_outcomes(outcomes).items()}
         (results / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     else:
-        plot(rows, {f"{split}_accuracy": f"{split} accuracy, %"}, results / "accuracy.png", height_px=450)
-        angles = [key for key in rows[0] if key.startswith(ANGLE)]
-        titles = {key: f"angle to BP at {key.removeprefix(ANGLE)}, degrees" for key in angles}
-        plot(rows, titles, results / "angles.png", height_px=350)
+        plot(rows, {f"{split}_accuracy": ""}, f"{split} accuracy, %", results / "accuracy.png", height_px=450)
+        for what in ANGLES.values():
+            titles = {key: title for key, title in angle_titles(rows[0]).items() if title.startswith(what)}
+            plot(rows, titles, "angle to BP's, degrees", results / f"{what}_angles.png", height_px=350)
+
+
+def angle_titles(row: Row) -> dict[str, str]:
+    """The columns of `row` that hold angles, each with what it is the angle of."""
+    return {
+        key: f"{what} {key.removeprefix(prefix).removesuffix('.weight')}"
+        for prefix, what in ANGLES.items()
+        for key in row
+        if key.startswith(prefix)
+    }
 
 
 @dataclass
@@ -276,34 +287,43 @@ def outcomes_of(runs: list[Run], runs_folder: Path, accuracy: str, epochs: int) 
         if len(accuracies) == epochs:
             outcome.last.append(accuracies[-1])
             outcome.best.append(max(accuracies))
-            for key, value in rows[-1].items():
-                if key.startswith(ANGLE):
-                    outcome.angles.setdefault(key.removeprefix(ANGLE), []).append(float(value))
+            for key in angle_titles(rows[-1]):
+                outcome.angles.setdefault(key, []).append(float(rows[-1][key]))
     return list(outcomes.values())
 
 
 def table(outcomes: list[Outcome], split: str, epochs: int) -> str:
     """The markdown table, a line for each rule and settings, and below it what its figures are."""
-    points = list(dict.fromkeys(point for outcome in outcomes for point in outcome.angles))
-    heads = ["rule", "settings", "last epoch, %", "std", "best epoch, %", "std", "n", "failed"]
-    heads += [f"angle at {point}" for point in points]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [
+        "| rule | settings | last epoch, % | std | best epoch, % | std | n | failed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for outcome in outcomes:
         flags = f" `{' '.join(outcome.flags)}`" if outcome.flags else ""
         cells = [outcome.mode, outcome.recipe + flags]
         for values in (outcome.last, outcome.best):
             cells.append(f"{statistics.mean(values):.2f}" if values else "")
             cells.append(f"{statistics.stdev(values):.2f}" if len(values) > 1 else "")
-        cells += [str(len(outcome.last)), str(outcome.failed)]
-        cells += [f"{statistics.mean(outcome.angles[point]):.1f}" if outcome.angles else "" for point in points]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append("| " + " | ".join([*cells, str(len(outcome.last)), str(outcome.failed)]) + " |")
     lines += [
         "",
         f"Accuracy on the {split} images after {epochs} epochs, batch {BATCH_SIZE} unless named: mean and standard",
         f"deviation over n seeds. The best epoch is picked on the {split} images themselves, so it flatters: the last",
-        "is the result. failed: runs that ended early because their loss or weights were not finite. angle: to BP's",
-        "learning signal, in degrees, mean over seeds after the last epoch.",
+        "is the result. failed: runs that ended early because their loss or weights were not finite.",
     ]
+    whole = [outcome for outcome in outcomes if outcome.angles]
+    if whole:
+        titles = angle_titles(dict.fromkeys(whole[0].angles, ""))
+        lines += ["", f"| rule | settings | {' | '.join(titles.values())} |", "|---|---|" + "---|" * len(titles)]
+        for outcome in whole:
+            cells = (f"{statistics.mean(outcome.angles[key]):.1f}" for key in titles)
+            lines.append(f"| {outcome.mode} | {outcome.recipe} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "Angles to BP's in degrees after the last epoch, mean over the n seeds: of the learning signal at each",
+            "point, per image and then averaged, and of the gradient of the weights, from the same images together.",
+            "",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -325,7 +345,7 @@ def best_outcomes(outcomes: list[Outcome]) -> dict[str, Outcome]:
     return best
 
 
-def plot(rows: list[Row], titles: dict[str, str], path: Path, height_px: int) -> None:
+def plot(rows: list[Row], titles: dict[str, str], label: str, path: Path, height_px: int) -> None:
     """Draw the columns `titles` per epoch, a panel each: a line per rule, its mean, and a band of a standard deviation.
 
     800 pixels wide, as a README shows it, and told apart without colour.
@@ -350,6 +370,7 @@ def plot(rows: list[Row], titles: dict[str, str], path: Path, height_px: int) ->
             panel.set_title(title, fontsize=9)
             panel.set_xlabel("epoch")
             panel.grid(alpha=0.3)
+        panels[0][0].set_ylabel(label)
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=4)
         figure.savefig(path)

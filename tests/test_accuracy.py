@@ -69,14 +69,21 @@ def test_a_sweep_writes_a_csv_a_table_and_plots_and_repeats_nothing(sweep, train
     assert {(row["recipe"], row["flags"], row["lr"]) for row in found} == {("original", "--no-cuda --lr 0.01", "0.01")}
     last = [float(row["test_accuracy"]) for row in found if (row["mode"], row["epoch"]) == ("DKP", "2")]
     best = [max(float(r["test_accuracy"]) for r in found if (r["mode"], r["seed"]) == ("DKP", s)) for s in "12"]
-    (line,) = [line for line in (results / "table.md").read_text().splitlines() if line.startswith("| DKP ")]
+    lines = (results / "table.md").read_text().splitlines()
+    line, line_of_angles = (line for line in lines if line.startswith("| DKP "))
     cells = [cell.strip() for cell in line.split("|")[3:-1]]
     std = abs(last[0] - last[1]) / 2**0.5, abs(best[0] - best[1]) / 2**0.5
     figures = [sum(last) / 2, std[0], sum(best) / 2, std[1]]
-    assert cells[:6] == [*(f"{figure:.2f}" for figure in figures), "2", "0"]
-    angles = [float(row["alignment_deg_conv1"]) for row in found if (row["mode"], row["epoch"]) == ("DKP", "2")]
-    assert len(cells) == 9 and cells[6] == f"{sum(angles) / 2:.1f}"
-    assert width(results / "accuracy.png") == width(results / "angles.png") == 800
+    assert cells == [*(f"{figure:.2f}" for figure in figures), "2", "0"]
+    (heads,) = (line.split(" | ") for line in lines if "| signal conv1 |" in line)
+    for column, head in (
+        ("alignment_deg_conv2", "signal conv2"),
+        ("parameter_deg_fc1.linear.weight", "gradient fc1.linear"),
+    ):
+        angles = [float(row[column]) for row in found if (row["mode"], row["epoch"]) == ("DKP", "2")]
+        assert line_of_angles.split(" | ")[heads.index(head)] == f"{sum(angles) / 2:.1f}"
+    plots = ("accuracy.png", "signal_angles.png", "gradient_angles.png")
+    assert [width(results / name) for name in plots] == [800, 800, 800]
     output = capsys.readouterr().out
     assert f"run 1/{2 * len(RULES)}, BP-original-seed1; {4 * len(RULES)} epochs to go" in output
     assert "epochs to go, about 0:00:0" in output and line in output
