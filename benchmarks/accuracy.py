@@ -369,6 +369,7 @@ def plot(rows: list[Row], titles: dict[str, str], label: str, path: Path, height
                 panel.fill_between(epochs, mean - std, mean + std, color=shade, alpha=0.2, linewidth=0)
             panel.set_title(title, fontsize=9)
             panel.set_xlabel("epoch")
+            panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
         panels[0][0].set_ylabel(label)
         handles, labels = panels[0][0].get_legend_handles_labels()
