@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
     add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
-    add("--recipe", choices=("original", "best"), default="original", help="defaults of the flags (default: original)")
+    add("--recipe", choices=("original", "best"), default="original", help="the flags' defaults (default: original)")
     add("--validation", type=positive_int, metavar="N", help="hold out N training images and test on them instead")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (default: 64)")
     add("--test-batch-size", type=positive_int, default=1000, metavar="N", help="images per test batch (default: 1000)")
@@ -68,7 +68,12 @@ def make_parser() -> Parser:
     add("--lr", type=nonnegative_float, default=5e-4, help="learning rate of SGD for the weights (default: 5e-4)")
     add("--wd", type=nonnegative_float, default=1e-6, help="weight decay of the weights (default: 1e-6)")
     add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (default: constant)")
-    add("--fc-norm", action="store_true", help="batch norm in fc1, which the original's net does not have")
+    add(
+        "--fc-norm",
+        action=BooleanOptionalAction,
+        default=False,
+        help="batch norm in fc1, which the original's net does not have",
+    )
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
     add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory: faster")
     add("--seed", type=seed, default=1, help="of weights, B and data order (default: 1)")

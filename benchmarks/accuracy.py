@@ -1,4 +1,4 @@
-"""Accuracy and angles of the learning rules on CIFAR-10: rules x seeds by main.py, one table, two plots.
+"""Accuracy and angles of the learning rules on CIFAR-10: rules x seeds by main.py, tables and plots.
 
 Run:    python benchmarks/accuracy.py --data DIR
 Search: python benchmarks/accuracy.py --data DIR --search, then --recipe benchmarks/results/NAME/recipe.json
@@ -39,7 +39,7 @@ BATCH_SIZE = 50
 OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")  # not for the user to give
 # what begins the columns of metrics.csv that hold angles: the learning signal's at a point, and the weights' gradient's
 ANGLES = {"alignment_deg_": "signal", "parameter_deg_": "gradient"}
-TRIALS, HELD_OUT = 10, 5000  # of a search: runs per rule and seed, and training images to choose settings on
+HELD_OUT = 5000  # training images on which a search chooses settings
 # shade, line and marker of each rule: any one of the three tells them apart
 STYLES = [
     ("#000000", "-", "o"),
@@ -56,11 +56,12 @@ Changes = dict[str, str | None]  # flags of main.py and their values, None for o
 
 @dataclass(frozen=True)
 class Run:
-    """One run of main.py: its rule, seed, the name of its settings, and the flags that are its settings."""
+    """One run of main.py: its rule, seed, the name of its settings, these as flags, and the whole sweep's flags."""
 
     mode: str
     seed: int
     recipe: str
+    settings: tuple[str, ...]
     flags: tuple[str, ...]
 
     @property
@@ -78,7 +79,7 @@ def make_parser() -> Parser:
     add("--seeds", nargs="+", type=seed, metavar="N", help="default: 1 2 3; 1 for a search")
     add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50; 3 for a search)")
     add("--recipe", default="original", help="original, best, or a recipe.json that a search wrote (default: original)")
-    add("--search", action="store_true", help=f"try {TRIALS} settings per rule on {HELD_OUT} held-out training images")
+    add("--search", action="store_true", help=f"find settings for each rule on {HELD_OUT} held-out training images")
     add("--name", help="of the folders under runs/ and benchmarks/results/ (default: cifar10-RECIPE-N-epochs)")
     add("--quick", action="store_true", help="two epochs of a tiny set in a folder of their own, to see that it runs")
     return parser
@@ -87,7 +88,7 @@ def make_parser() -> Parser:
 def stages(mode: str) -> list[list[Changes]]:
     """What a search changes, stage by stage, each the changes to try on the best settings of the stages before.
 
-    It starts from the original's settings, and is `TRIALS` runs for each rule: learning rate and schedule of W first,
+    It starts from the original's settings, and is ten runs for each rule: learning rate and schedule of W first,
     with and without --fc-norm; then the learning rate, schedule, decay and start of B where those are its own, else
     more of W's, and B's start; last, one step of W's learning rate beyond the edge of what was tried.
     """
@@ -123,7 +124,7 @@ def search_runs(mode: str, seeds: Sequence[int], flags: Sequence[str], folder: P
         for changes in stage:
             name = "-".join(words(changes)).replace("--", "")
             settings[name] = base | changes
-            runs += [Run(mode, seed, name, (*words(settings[name]), *flags)) for seed in seeds]
+            runs += [Run(mode, seed, name, tuple(words(settings[name])), tuple(flags)) for seed in seeds]
     return runs
 
 
@@ -144,12 +145,15 @@ def read_recipe(path: Path, modes: Sequence[str]) -> dict[str, list[str]]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Within, the yielded value says whether this process has `folder` to itself; the end of a process frees it."""
+def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Within, the yielded value says whether this process has `folder` to itself; the end of a process frees it.
+
+    With `wait` it comes when it is so.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
@@ -182,7 +186,16 @@ def train(run: Run, folder: Path, args: Namespace) -> None:
         flags = ["--resume", str(folder)]
     else:
         flags = ["--train-mode", run.mode, "--seed", str(run.seed), "--epochs", str(args.epochs)]
-        flags += ["--batch-size", str(BATCH_SIZE), "--dataset", "cifar10", "--out", str(folder), *run.flags]
+        flags += [
+            "--batch-size",
+            str(BATCH_SIZE),
+            "--dataset",
+            "cifar10",
+            "--out",
+            str(folder),
+            *run.settings,
+            *run.flags,
+        ]
         if args.validation is not None:
             flags += ["--validation", str(args.validation)]
     status = script.main(["--data", str(args.data), *flags])
@@ -209,8 +222,18 @@ def sweep(runs: list[Run], to_come: int, runs_folder: Path, results: Path, args:
             left = what_is_left(runs, to_come, runs_folder, args.epochs)
             print(f"run {number}/{len(runs) + to_come}, {run.name}; {left}", flush=True)
             train(run, folder, args)
+        publish(runs, runs_folder, results, args)
+    publish(runs, runs_folder, results, args)
+
+
+def publish(runs: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
+    """Write the results of the whole sweep, `runs` included.
+
+    Raises:
+        ValueError: as `remembered` does.
+    """
+    with locked(runs_folder, wait=True):
         write_results(remembered(results, runs, args), runs_folder, results, args)
-    write_results(remembered(results, runs, args), runs_folder, results, args)
 
 
 def what_is_left(runs: list[Run], to_come: int, runs_folder: Path, epochs: int) -> str:
@@ -225,9 +248,11 @@ def what_is_left(runs: list[Run], to_come: int, runs_folder: Path, epochs: int) 
 
 
 def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
-    """Write metrics.csv and table.md to `results`; for a search recipe.json, else accuracy.png and angles.png."""
+    """Write metrics.csv and table.md to `results`; for a search recipe.json too, else the plots."""
     rows = [
-        {"mode": run.mode, "seed": str(run.seed), "recipe": run.recipe, "flags": " ".join(run.flags)} | row
+        {"mode": run.mode, "seed": str(run.seed), "recipe": run.recipe}
+        | {"settings": " ".join(run.settings), "flags": " ".join(run.flags)}
+        | row
         for run in runs
         for row in metrics(runs_folder / run.name)
     ]
@@ -242,7 +267,8 @@ def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Names
     configs = [runs_folder / run.name / "config.json" for run in runs if metrics(runs_folder / run.name)]
     (results / "table.md").write_text(table(outcomes, split, args.epochs) + where(configs))
     if args.search:
-        recipe = {mode: outcome.flags for mode, outcome in best_outcomes(outcomes).items()}
+        batch, best = ("--batch-size", str(BATCH_SIZE)), best_outcomes(outcomes)
+        recipe = {mode: batch + best[mode].settings for mode in RULES if mode in best}
         (results / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     else:
         plot(rows, {f"{split}_accuracy": ""}, f"{split} accuracy, %", results / "accuracy.png", height_px=450)
@@ -267,6 +293,7 @@ class Outcome:
 
     mode: str
     recipe: str
+    settings: tuple[str, ...]
     flags: tuple[str, ...]
     last: list[float] = field(default_factory=list)
     best: list[float] = field(default_factory=list)
@@ -279,7 +306,7 @@ def outcomes_of(runs: list[Run], runs_folder: Path, accuracy: str, epochs: int) 
     """An outcome for each rule and settings, in the order of `runs`; `accuracy` is a column of metrics.csv."""
     outcomes: dict[tuple[str, str], Outcome] = {}
     for run in runs:
-        outcome = outcomes.setdefault((run.mode, run.recipe), Outcome(run.mode, run.recipe, run.flags))
+        outcome = outcomes.setdefault((run.mode, run.recipe), Outcome(run.mode, run.recipe, run.settings, run.flags))
         rows = metrics(runs_folder / run.name)
         accuracies = [float(row[accuracy]) for row in rows]
         outcome.runs += 1
@@ -288,7 +315,8 @@ def outcomes_of(runs: list[Run], runs_folder: Path, accuracy: str, epochs: int) 
             outcome.last.append(accuracies[-1])
             outcome.best.append(max(accuracies))
             for key in angle_titles(rows[-1]):
-                outcome.angles.setdefault(key, []).append(float(rows[-1][key]))
+                if rows[-1][key]:  # none of a signal or a gradient that is zero
+                    outcome.angles.setdefault(key, []).append(float(rows[-1][key]))
     return list(outcomes.values())
 
 
@@ -299,7 +327,8 @@ def table(outcomes: list[Outcome], split: str, epochs: int) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for outcome in outcomes:
-        flags = f" `{' '.join(outcome.flags)}`" if outcome.flags else ""
+        flags = " ".join(outcome.settings + outcome.flags)
+        flags = f" `{flags}`" if flags else ""
         cells = [outcome.mode, outcome.recipe + flags]
         for values in (outcome.last, outcome.best):
             cells.append(f"{statistics.mean(values):.2f}" if values else "")
@@ -313,10 +342,11 @@ def table(outcomes: list[Outcome], split: str, epochs: int) -> str:
     ]
     whole = [outcome for outcome in outcomes if outcome.angles]
     if whole:
-        titles = angle_titles(dict.fromkeys(whole[0].angles, ""))
+        titles = angle_titles({key: "" for outcome in whole for key in outcome.angles})
         lines += ["", f"| rule | settings | {' | '.join(titles.values())} |", "|---|---|" + "---|" * len(titles)]
         for outcome in whole:
-            cells = (f"{statistics.mean(outcome.angles[key]):.1f}" for key in titles)
+            angles = {key: f"{statistics.mean(values):.1f}" for key, values in outcome.angles.items()}
+            cells = (angles.get(key, "") for key in titles)
             lines.append(f"| {outcome.mode} | {outcome.recipe} | {' | '.join(cells)} |")
         lines += [
             "",
@@ -335,14 +365,13 @@ def where(configs: list[Path]) -> str:
 
 
 def best_outcomes(outcomes: list[Outcome]) -> dict[str, Outcome]:
-    """Of each rule, the one of best mean accuracy at the last epoch, among those whose runs are all whole."""
-    best: dict[str, Outcome] = {}
-    for outcome in outcomes:
-        if len(outcome.last) == outcome.runs:
-            leader = best.setdefault(outcome.mode, outcome)
-            if statistics.mean(outcome.last) > statistics.mean(leader.last):
-                best[outcome.mode] = outcome
-    return best
+    """Of each rule, the one of best mean accuracy at the last epoch, among those whose runs are all whole.
+
+    Of several that are as good, the last by its name.
+    """
+    whole = (outcome for outcome in outcomes if len(outcome.last) == outcome.runs)
+    ranked = sorted(whole, key=lambda outcome: (statistics.mean(outcome.last), outcome.recipe))
+    return {outcome.mode: outcome for outcome in ranked}
 
 
 def plot(rows: list[Row], titles: dict[str, str], label: str, path: Path, height_px: int) -> None:
@@ -378,11 +407,6 @@ def plot(rows: list[Row], titles: dict[str, str], label: str, path: Path, height
         plt.close(figure)
 
 
-def kind(args: Namespace) -> str:
-    """What the runs are, in a word."""
-    return "search" if args.search else "original" if args.recipe == "original" else "best"
-
-
 def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
     """The runs, all rules before the next seed; of a search, as far as `folder` lets them be known. `flags` go to each.
 
@@ -391,22 +415,24 @@ def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
     """
     if args.search:
         return [run for mode in args.modes for run in search_runs(mode, args.seeds, flags, folder, args.epochs)]
-    recipe = dict.fromkeys(args.modes, ())
-    if args.recipe != "original":
-        recipe = read_recipe(script.BEST_RECIPE if args.recipe == "best" else Path(args.recipe), args.modes)
-    return [Run(mode, seed, kind(args), (*recipe[mode], *flags)) for seed in args.seeds for mode in args.modes]
+    name, recipe = args.recipe, dict.fromkeys(args.modes, ("--recipe", "best") if args.recipe == "best" else ())
+    if args.recipe not in ("original", "best"):
+        name, recipe = "best", read_recipe(Path(args.recipe), args.modes)
+    return [Run(mode, seed, name, tuple(recipe[mode]), tuple(flags)) for seed in args.seeds for mode in args.modes]
 
 
 def remembered(results: Path, runs: list[Run], args: Namespace) -> list[Run]:
     """All runs of the sweep in `results`: those of earlier command lines, kept in its sweep.json, and `runs`.
 
     Raises:
-        ValueError: the folder's sweep has other epochs or held-out images, or other flags for one of `runs`.
+        ValueError: the folder's sweep has other epochs or held-out images, or other flags for one of `runs`; or it is
+            a search by other seeds.
     """
     path = results / "sweep.json"
-    common = {"epochs": args.epochs, "validation": args.validation}
+    common = {"epochs": args.epochs, "validation": args.validation, "seeds": args.seeds if args.search else None}
     kept = json.loads(path.read_text()) if path.exists() else common | {"runs": []}
-    known = {run.name: run for run in (Run(**values | {"flags": tuple(values["flags"])}) for values in kept["runs"])}
+    kept_runs = [Run(**{k: tuple(v) if isinstance(v, list) else v for k, v in run.items()}) for run in kept["runs"]]
+    known = {run.name: run for run in kept_runs}
     if common | {"runs": kept["runs"]} != kept or any(known.get(run.name, run) != run for run in runs):
         raise ValueError(f"{results} has a sweep with other settings (see {path.name}): name another --name")
     known |= {run.name: run for run in runs}
@@ -416,7 +442,7 @@ def remembered(results: Path, runs: list[Run], args: Namespace) -> list[Run]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the sweep that the command line asks for; return 0."""
+    """Run the sweep that the command line asks for; return 0, or 1 where there is nothing to show or recommend."""
     parser = make_parser()
     args, flags = parser.parse_known_args(argv)
     args.modes = list(dict.fromkeys(args.modes))
@@ -426,6 +452,10 @@ def main(argv: list[str] | None = None) -> int:
     for flag in flags:
         if flag.partition("=")[0] in OF_THE_SWEEP:
             parser.error(f"{flag} is for the sweep itself to give to main.py")
+    if args.search:
+        for flag in {flag for mode in args.modes for stage in stages(mode) for changes in stage for flag in changes}:
+            if any(given.partition("=")[0] == flag for given in flags):
+                parser.error(f"{flag} is what a search tries")
     if args.search and args.recipe != "original":
         parser.error("--recipe does not go with --search: a search finds one")
     with tempfile.TemporaryDirectory() if args.quick else nullcontext() as scratch:
@@ -435,23 +465,39 @@ def main(argv: list[str] | None = None) -> int:
             runs_folder, results_folder = args.data / "runs", args.data / "results"
             np.savez(args.data / "cifar10.npz", **synthetic_images(10, 64, 32))
             args.seeds, args.epochs, args.validation = args.seeds[:2], 2, args.validation and 16
-        name = args.name or f"cifar10-{kind(args)}-{args.epochs}-epochs"
+        kind = "search" if args.search else "original" if args.recipe == "original" else "best"
+        name = args.name or f"cifar10-{kind}-{args.epochs}-epochs"
         runs_folder, results = runs_folder / name, results_folder / name
+        in_all = sum(len(stage) for mode in args.modes for stage in stages(mode)) * len(args.seeds)
         runs: list[Run] = []
-        while True:
+        while not runs or args.search:
             before = runs
             try:
                 runs = make_runs(args, flags, runs_folder)
                 results.mkdir(parents=True, exist_ok=True)
-                remembered(results, runs, args)
+                with locked(runs_folder, wait=True):
+                    remembered(results, runs, args)
             except (ValueError, OSError) as error:
                 parser.error(str(error))
-            if runs == before:  # not so in a search, where the runs that are over tell the next
+            if runs == before:  # the runs that are over tell no more of a search
                 break
-            to_come = TRIALS * len(args.modes) * len(args.seeds) - len(runs) if args.search else 0
-            sweep(runs, to_come, runs_folder, results, args)
-        print((results / "table.md").read_text(), end="")
-        print(f"see {', '.join(sorted(file.name for file in results.iterdir()))} in {results}")
+            sweep(runs, in_all - len(runs) if args.search else 0, runs_folder, results, args)
+        return report(runs, in_all, runs_folder, results, args)
+
+
+def report(runs: list[Run], in_all: int, runs_folder: Path, results: Path, args: Namespace) -> int:
+    """Print what came of it, and what is missing; return the exit status."""
+    if not (results / "table.md").exists():
+        print("no epoch is done", file=sys.stderr)
+        return 1
+    print((results / "table.md").read_text(), end="")
+    print(f"see {', '.join(sorted(file.name for file in results.iterdir()))} in {results}")
+    others = [run.name for run in runs if not is_over(runs_folder / run.name, args.epochs)]
+    if others:
+        print(f"not over: another process is at {', '.join(others)}")
+    elif args.search and len(runs) < in_all:
+        print("the search ends early: of some rule, no setting came to its end", file=sys.stderr)
+        return 1
     return 0
 
 

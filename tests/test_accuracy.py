@@ -20,11 +20,10 @@ def sweep(accuracy, data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "HELD_OUT", 16)
     stages = accuracy.stages
     monkeypatch.setattr(accuracy, "stages", lambda mode: [stage[:2] for stage in stages(mode)[:3]])
-    monkeypatch.setattr(accuracy, "TRIALS", 5)
 
-    def run(*flags, name="it"):
+    def run(*flags, name="it", status=0):
         argv = ["--data", data_folder, "--epochs", 2, "--name", name, "--no-cuda", *flags]
-        assert accuracy.main([str(flag) for flag in argv]) == 0
+        assert accuracy.main([str(flag) for flag in argv]) == status
         return tmp_path / "results" / name
 
     return run
@@ -49,10 +48,9 @@ def rows(results):
         return list(csv.DictReader(file))
 
 
-def flags_of(text):
+def settings_of(text):
     """Of a row, what the search chose: {flag: value or None}."""
-    pairs = re.findall(r"(--\S+)(?: ([^-]\S*))?", text.removesuffix(" --no-cuda --wd 0"))
-    return {flag: value or None for flag, value in pairs}
+    return {flag: value or None for flag, value in re.findall(r"(--\S+)(?: ([^-]\S*))?", text)}
 
 
 def width(path):
@@ -133,6 +131,7 @@ def test_a_run_of_another_process_is_passed_over(accuracy, sweep, trained, tmp_p
 
 def test_a_run_that_blows_up_is_counted_and_not_tried_again(sweep, trained):
     flags = ("--modes", "BP", "--seeds", 1, "--lr", 1e6, "--wd", 1e6)
+    sweep(*flags, status=1)  # of no run an epoch is done
     results = sweep("--modes", "DFA", "--seeds", 1)
     for _ in range(2):
         sweep(*flags)
@@ -144,45 +143,66 @@ def test_a_run_that_blows_up_is_counted_and_not_tried_again(sweep, trained):
 
 
 def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(accuracy, sweep, trained, capsys):
-    found = sweep("--search", "--modes", "FA", "DKP", "--wd", 0, name="search")
-    assert len(trained) == 2 * accuracy.TRIALS == len(set(trained))
+    found = sweep("--search", "--modes", "FA", "DKP", "--log-interval", 3, name="search")
+    assert len(trained) == 10 == len(set(trained))
     assert "run 10/10" in capsys.readouterr().out
     assert all(not any(key.startswith("test_") for key in row) for row in rows(found))
     recipe = json.loads((found / "recipe.json").read_text())
     for mode in ("FA", "DKP"):
         accuracies = {
-            row["recipe"]: (float(row["validation_accuracy"]), row["flags"])
+            row["recipe"]: (float(row["validation_accuracy"]), row["settings"])
             for row in rows(found)
             if (row["mode"], row["epoch"]) == (mode, "2")
         }
         best = max(accuracy for accuracy, _ in accuracies.values())
-        assert (best, " ".join(recipe[mode])) in accuracies.values()
+        assert recipe[mode][:2] == ["--batch-size", "50"]
+        assert (best, " ".join(recipe[mode][2:])) in accuracies.values()
         tried = []
         for stage in accuracy.stages(mode):  # each on the best settings of the stages before
-            base = max(tried, key=lambda name: accuracies[name][0], default=None)
-            before = dict(flags_of(accuracies[base][1])) if base else {}
+            base = max(tried, key=lambda name: (accuracies[name][0], name), default=None)
+            before = settings_of(accuracies[base][1]) if base else {}
             for changes in stage:
                 expected = before | changes
-                (name,) = (n for n, (_, f) in accuracies.items() if flags_of(f) == expected and n not in tried)
+                (name,) = (n for n, (_, s) in accuracies.items() if settings_of(s) == expected and n not in tried)
                 tried.append(name)
-        assert len(tried) == accuracy.TRIALS == len(accuracies)
+        assert len(tried) == 5 == len(accuracies)
     results = sweep("--recipe", found / "recipe.json", "--modes", "DKP", "--seeds", 4, name="best")
     assert {row["recipe"] for row in rows(results)} == {"best"} and (results / "accuracy.png").exists()
 
 
-def test_a_search_waits_for_what_another_process_trains(accuracy, sweep, trained, tmp_path, capsys):
+def test_a_search_goes_no_further_than_a_run_of_another_process(accuracy, sweep, trained, tmp_path, capsys):
     with accuracy.locked(tmp_path / "runs" / "it" / "BP-schedule-one-cycle-lr-0.002-seed1"):
-        sweep("--search", "--modes", "DFA")
         sweep("--search", "--modes", "BP")
-        assert len(trained) == accuracy.TRIALS + len(accuracy.stages("BP")[0]) - 1
+        assert len(trained) == len(accuracy.stages("BP")[0]) - 1
+        assert "not over: another process is at BP-schedule-one-cycle-lr-0.002-seed1" in capsys.readouterr().out
     sweep("--search", "--modes", "BP")
-    assert len(trained) == 2 * accuracy.TRIALS
+    assert len(trained) == 5
+
+
+def test_a_setting_that_blows_up_is_not_chosen_and_where_all_do_the_search_says_so(
+    accuracy, sweep, trained, monkeypatch, capsys
+):
+    bad, good = {"--lr": "1e6", "--wd": "1e6"}, {"--lr": "0.001"}
+    stages = {"BP": [[bad, good], [{"--wd": "1e-4"}]], "FA": [[bad], [good]]}
+    monkeypatch.setattr(accuracy, "stages", stages.get)
+    results = sweep("--search", "--modes", "BP", "FA", status=1)
+    assert len(trained) == 4 and "ends early: of some rule, no setting came to its end" in capsys.readouterr().err
+    recipe = json.loads((results / "recipe.json").read_text())
+    assert recipe.keys() == {"BP"} and recipe["BP"][2:4] == ["--lr", "0.001"]
+
+
+def test_a_signal_of_zeros_has_no_angle_in_the_table(sweep):
+    results = sweep("--modes", "DFA", "--seeds", 1, "--b-scale", 0)
+    assert (
+        "| rule | settings | gradient fc2 |\n|---|---|---|\n| DFA | original | 0.0 |\n"
+        in (results / "table.md").read_text()
+    )
 
 
 def test_a_search_has_as_many_runs_for_every_rule_and_main_takes_them_all(accuracy):
     for mode in RULES:
         changes = [change for stage in accuracy.stages(mode) for change in stage]
-        assert len(changes) == accuracy.TRIALS
+        assert len(changes) == 10
         for change in changes:
             main.parse_arguments(["--train-mode", mode, *accuracy.words(change)])
 
@@ -195,6 +215,7 @@ def test_a_search_has_as_many_runs_for_every_rule_and_main_takes_them_all(accura
         (("--recipe", "nowhere.json"), "--recipe: cannot read nowhere.json, expected original, best or a recipe.json"),
         (("--recipe", "nowhere.json", "--search"), "--recipe does not go with --search"),
         (("--out", "elsewhere"), "--out is for the sweep itself"),
+        (("--search", "--wd=3"), "--wd is what a search tries"),
         (("--validation=3",), "--validation=3 is for the sweep itself"),
         (("--foo",), "main.py: error: unrecognized arguments: --foo"),
         (("--epochs", "3", "--modes", "BP", "--seeds", "1"), "has a sweep with other settings"),

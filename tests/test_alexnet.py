@@ -39,6 +39,7 @@ def test_the_originals_command_line_parses(alexnet):
     )
     args = alexnet.parse_arguments([])
     assert (args.data, args.train_mode, args.b_lr, args.b_wd, args.gamma) == ("data", "DKP", 0.01, 1e-4, 1.0)
+    assert args.b_scale == 0 and alexnet.parse_arguments(["--train-mode", "DFA"]).b_scale == 1
 
 
 @pytest.mark.parametrize(

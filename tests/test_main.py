@@ -305,6 +305,7 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     args = checkpoint(tmp_path / "run")["args"]
     assert (args["lr"], args["b_lr"], args["fc_norm"], args["recipe"]) == (0.125, 0.25, True, "best")
     assert checkpoint(tmp_path / "bp")["args"]["lr"] == 0.25
+    assert not main.parse_arguments(["--recipe", "best", "--no-fc-norm"])[0].fc_norm
     recipe.write_text("{}")
     assert run("--resume", tmp_path / "run", "--epochs", 2) == 0
     assert checkpoint(tmp_path / "run")["args"] == args | {"epochs": 2}

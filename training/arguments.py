@@ -92,7 +92,7 @@ def add_feedback_arguments(parser: Parser, b_lr: float, b_wd: float, gamma: floa
         "--b-scale",
         type=nonnegative_float,
         metavar="X",
-        help=f"factor on B's random start, 0: B starts at zero (default: 1; {b_scale:g} for DKP and LAS)",
+        help=f"factor on B's random start, 0: B starts at zero (default: {b_scale:g} for DKP and LAS, else 1)",
     )
     add = parser.add_argument_group("B, with --train-mode DKP or LAS only").add_argument
     add("--b-update", choices=UPDATES, help="how B learns: by Adam, or in the backward pass (default: optimizer)")
