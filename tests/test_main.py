@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,10 +315,13 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     assert_refused(capsys, lambda: run("--recipe", "best", "--b-update", "inplace"), "learned by Adam")
 
 
-def test_every_rule_has_a_best_recipe_that_main_takes():
+def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights():
+    found = Path(main.__file__).parent / "benchmarks" / "results" / "cifar10-search-3-epochs" / "recipe.json"
+    searched = json.loads(found.read_text())
     for mode in RULES:
-        args, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
-        assert args.train_mode == mode
+        best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
+        winner, _, _ = main.parse_arguments(["--train-mode", mode, *searched[mode]])
+        assert vars(best) == vars(winner) | {"recipe": "best", "wd": 3e-3}
 
 
 def test_validation_holds_out_training_images_and_never_sees_the_test_set(run, tmp_path, data_folder, capsys):
