@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FEW_IMAGES, CACHED_BYTES = range(16, 7, -1), 2**21  # see `images_at_a_time`
+FEW_IMAGES, PAGE_BYTES, CACHED_BYTES = range(16, 7, -1), 2**12, 2**21  # see `images_at_a_time`
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -64,7 +64,7 @@ class FeedbackPoint(torch.autograd.Function):
         # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
         saved = feedback if inplace_lr is None else feedback.data
         ctx.save_for_backward(saved, h if learns else None, target, inplace_lr, inplace_weight_decay)
-        return feedback.new_zeros(()).expand(len(h), len(feedback))
+        return feedback.new_zeros(len(h), len(feedback))
 
     @staticmethod
     @once_differentiable
@@ -107,11 +107,12 @@ class Broadcast(torch.autograd.Function):
 def images_at_a_time(feedback_KD: Tensor, batch: int) -> int:
     """How many images a product with B takes: all, but on a CPU where B stays in the cache meanwhile, a few.
 
-    A product of the whole batch walks down all its rows at once, each in other pages of memory. In half precision it
-    is the whole batch's all the same, since a sum of e^T @ h over pieces would be rounded at each.
+    A product of the whole batch walks down all its rows at once, each in other pages of memory; rows of less than a
+    page are not worth it. In half precision it is the whole batch's all the same, since a sum of e^T @ h over pieces
+    would be rounded at each.
     """
-    cached = feedback_KD.device.type == "cpu" and feedback_KD.nbytes <= CACHED_BYTES
-    if not cached or feedback_KD.dtype in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
+    large = PAGE_BYTES * len(feedback_KD) <= feedback_KD.nbytes <= CACHED_BYTES
+    if not large or not feedback_KD.is_cpu or feedback_KD.itemsize < 4 or torch.compiler.is_compiling():
         return batch
     return next((rows for rows in FEW_IMAGES if batch % rows == 0), batch)
 
@@ -123,14 +124,14 @@ def learning_signal(error_NK: Tensor, feedback_KD: Tensor) -> Tensor:
     if rows == batch:
         return error_NK @ feedback_KD
     errors = error_NK.reshape(batch // rows, rows, classes)
-    return (errors @ feedback_KD.expand(batch // rows, -1, -1)).view(batch, -1)
+    return torch.bmm(errors, feedback_KD.expand(batch // rows, -1, -1)).view(batch, -1)
 
 
 def add_correlation(target_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: float = 0, alpha: float = 1) -> Tensor:
     """target <- beta * target + alpha * e^T @ h, (K, D), where it lies; with beta 0 it may hold anything."""
     rows = images_at_a_time(target_KD, len(error_NK))
-    for error, h in zip(error_NK.split(rows), h_ND.split(rows), strict=True):
-        target_KD.addmm_(error.T, h, beta=beta, alpha=alpha)
+    for error_KN, h in zip(error_NK.T.split(rows, 1), h_ND.split(rows), strict=True):
+        target_KD.addmm_(error_KN, h, beta=beta, alpha=alpha)
         beta = 1
     return target_KD
 
@@ -161,8 +162,8 @@ def feedback_point(
     *,
     name: str = "",
     target: Tensor | None = None,
-    inplace_lr: float | Tensor | None = None,
-    inplace_weight_decay: float | Tensor = 0.0,
+    inplace_lr: Tensor | None = None,
+    inplace_weight_decay: Tensor | None = None,
 ) -> Tensor:
     """Return a zero (N, K) for `broadcast_error`: in the backward pass it takes e to `h` and to B.
 
@@ -170,28 +171,23 @@ def feedback_point(
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
         name: of the point, for messages.
-        target, inplace_lr, inplace_weight_decay: as in `direct_feedback`.
+        target, inplace_lr, inplace_weight_decay: as in `direct_feedback`, checked there; the last two Tensors.
 
     Raises:
         ValueError: as `direct_feedback` does.
     """
     check_point(h, feedback, len(h), len(feedback), name)
-    if target is not None:
-        check_target(target, len(h))
-        refuse_float16(h.device, h.dtype)
+    if target is not None or inplace_lr is not None:
+        refuse_float16(h.dtype)
     if inplace_lr is not None:
-        refuse_float16(h.device, h.dtype)
         if feedback.requires_grad or not (feedback.is_contiguous() or is_channels_last(feedback)):
             raise ValueError(
                 "a feedback matrix is to be updated in place: expected requires_grad=False and contiguous or"
                 f" channels_last memory, got requires_grad={feedback.requires_grad} and strides {feedback.stride()}"
             )
-        inplace_lr = torch.as_tensor(inplace_lr, dtype=torch.float64)
-        decay = torch.as_tensor(inplace_weight_decay, dtype=torch.float64)
         if not h.requires_grad:  # of a frozen block: B learns all the same
             h = h.detach().requires_grad_()
-        return FeedbackPoint.apply(inplace_lr, decay, target, h, feedback)
-    return FeedbackPoint.apply(None, None, target, h, feedback)
+    return FeedbackPoint.apply(inplace_lr, inplace_weight_decay, target, h, feedback)
 
 
 def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
@@ -249,10 +245,15 @@ def direct_feedback(
         raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
     for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
         check_point(h, feedback, *logits.shape, f" {i}")
+    if target is not None:
+        check_target(target, len(logits))
+    lr = decay = None
     if inplace_lr is not None:
-        refuse_float16(logits.device, logits.dtype)
+        lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (inplace_lr, inplace_weight_decay))
+    if target is not None or lr is not None:
+        refuse_float16(logits.dtype, autocast_dtype(logits))
     zeros = [
-        feedback_point(h, feedback, target=target, inplace_lr=inplace_lr, inplace_weight_decay=inplace_weight_decay)
+        feedback_point(h, feedback, target=target, inplace_lr=lr, inplace_weight_decay=decay)
         for h, feedback in zip(activations, matrices, strict=True)
     ]
     return broadcast_error(logits, zeros)
@@ -268,10 +269,15 @@ def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str
         raise ValueError(f"feedback matrix{name} has shape {got}, expected {expected}: (K, *h.shape[1:])")
 
 
-def refuse_float16(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError where B would learn in a way that a GradScaler upsets, by autocast to float16 or by `dtype`."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    if torch.float16 in (autocast, dtype):
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts to where `x` lies; None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def refuse_float16(*dtypes: torch.dtype | None) -> None:
+    """Raise ValueError for float16 where B learns in a way that a GradScaler upsets: in place, or as LAS."""
+    if torch.float16 in dtypes:
         raise ValueError(
             "the update of B in place, and LAS, got float16, expected float32 or bfloat16: a GradScaler's factor would"
             ' enter B. Use bfloat16, or DKP with update="optimizer"'

@@ -3,12 +3,13 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from feedback.functional import (
+    autocast_dtype,
     broadcast_error,
     check_logits,
     check_target,
@@ -24,6 +25,18 @@ LEARNED = ("DKP", "LAS")  # the direct rules whose B learns
 RULES = ("BP", *LAYERWISE, "DFA", *LEARNED)
 CHAINED = ("BP", *LAYERWISE)  # a block's backward waits for the block above
 UPDATES = ("optimizer", "inplace")
+
+
+class _Pass(NamedTuple):
+    """A forward pass under way: each point's h_l and its version so far, and the zeros of the points where they learn.
+
+    An attribute of its own would cost `nn.Module.__setattr__` for each field of each pass.
+    """
+
+    cut: bool
+    taps: dict[str, tuple[Tensor, int]]
+    zeros: list[Tensor] | None = None
+    target: Tensor | None = None
 
 
 class DirectFeedback(nn.Module):
@@ -89,12 +102,10 @@ class DirectFeedback(nn.Module):
         self.rule = rule
         self.update = update
         self._feedback_lr = None if feedback_lr is None else torch.tensor(feedback_lr, dtype=torch.float64)
-        self._feedback_weight_decay = torch.tensor(feedback_weight_decay or 0.0, dtype=torch.float64)
+        decay = None if feedback_lr is None else torch.tensor(feedback_weight_decay or 0.0, dtype=torch.float64)
+        self._feedback_weight_decay = decay
         self.feedback = nn.Module()
-        self._taps: dict[str, tuple[Tensor, int]] | None = None
-        self._cut = False
-        self._zeros: list[Tensor] | None = None
-        self._target: Tensor | None = None
+        self._pass: _Pass | None = None
         # partial of a bound method: a deep copy's hooks then belong to the copy
         hooks = [
             model.get_submodule(point).register_forward_hook(functools.partial(self._tap, point))
@@ -163,7 +174,7 @@ class DirectFeedback(nn.Module):
     @property
     def feedback_weight_decay(self) -> float:
         """Weight decay of B in place."""
-        return self._feedback_weight_decay.item()
+        return 0.0 if self._feedback_weight_decay is None else self._feedback_weight_decay.item()
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the model's logits (N, K).
@@ -181,14 +192,10 @@ class DirectFeedback(nn.Module):
             return self.tapped_forward(x, cut=True)[0]
         if self.rule == "LAS":
             check_target(target, len(x))
-            self._target = target
-        self._zeros = zeros = []
-        try:
-            logits, _ = self.tapped_forward(x, cut=True)
-        finally:
-            self._zeros = self._target = None
-        if self.update == "inplace":
-            refuse_float16(logits.device, logits.dtype)
+        zeros: list[Tensor] = []
+        logits, _ = self._run(x, _Pass(True, {}, zeros, target if self.rule == "LAS" else None))
+        if self.rule == "LAS" or self.update == "inplace":
+            refuse_float16(logits.dtype, autocast_dtype(logits))
         return broadcast_error(logits, zeros)
 
     def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
@@ -196,12 +203,15 @@ class DirectFeedback(nn.Module):
 
         With `cut`, as the rule trains: what flows on from h_l is detached, or (FA, KP) goes back through B; BP is BP.
         """
-        self._taps, self._cut = {}, cut
+        return self._run(x, _Pass(cut, {}))
+
+    def _run(self, x: Tensor, under_way: "_Pass") -> tuple[Tensor, list[Tensor]]:
+        self._pass = under_way
         try:
             logits = self.model(x)
-            taps = self._taps
         finally:
-            self._taps = None
+            self._pass = None
+        taps = under_way.taps
         for point in self.points:
             if point not in taps:
                 raise ValueError(f"feedback point {point!r} was never reached in the forward pass, expected once")
@@ -214,23 +224,25 @@ class DirectFeedback(nn.Module):
         return logits, [taps[point][0] for point in self.points]
 
     def _tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
-        if self._taps is None:
+        under_way = self._pass
+        if under_way is None:
             return None
         if not isinstance(h, Tensor):
             raise ValueError(f"feedback point {point!r} returned a {type(h).__name__}, expected one Tensor")
-        if point in self._taps:
+        if point in under_way.taps:
             raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
-        self._taps[point] = h, _version(h)
-        if not self._cut or self.rule in CHAINED:
+        under_way.taps[point] = h, _version(h)
+        if not under_way.cut or self.rule in CHAINED:
             return None
-        if self._zeros is not None:
+        if under_way.zeros is not None:
             feedback = getattr(self.feedback, _feedback_name(point))
             options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self._feedback_weight_decay}
-            self._zeros.append(feedback_point(h, feedback, name=f" {point!r}", target=self._target, **options))
+            zero = feedback_point(h, feedback, name=f" {point!r}", target=under_way.target, **options)
+            under_way.zeros.append(zero)
         return h.detach()
 
     def _replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Tensor) -> Tensor | None:
-        if self._taps is None or not self._cut:
+        if self._pass is None or not self._pass.cut:
             return None
         x = inputs[0] if inputs else named["input"]
         feedback = getattr(self.feedback, _feedback_name(name), None)

@@ -16,7 +16,7 @@ EAGER = ("contiguous", "fp32", "eager")
 @pytest.mark.parametrize(("batch", "rows"), [(64, 16), (50, 10), (13, 13), (7, 7), (1, 1), (34, 34)])
 def test_products_over_few_images_equal_the_plain_ones(batch, rows):
     torch.manual_seed(0)
-    error, feedback, h = (torch.randn(*shape, dtype=torch.float64) for shape in ((batch, 10), (10, 300), (batch, 300)))
+    error, feedback, h = (torch.randn(*shape, dtype=torch.float64) for shape in ((batch, 10), (10, 600), (batch, 600)))
     assert functional.images_at_a_time(feedback, batch) == rows
     torch.testing.assert_close(functional.learning_signal(error, feedback), error @ feedback)
     old, unset = feedback.clone(), torch.full_like(feedback, torch.nan)
@@ -71,8 +71,9 @@ def test_every_variant_compiles_in_one_process(monkeypatch):
             step()
 
 
-def test_a_large_matrix_takes_all_images_at_once():
+def test_a_matrix_larger_than_the_cache_or_of_rows_below_a_page_takes_all_images_at_once():
     assert functional.images_at_a_time(torch.empty(100, 46656), 64) == 64
+    assert functional.images_at_a_time(torch.empty(10, 128), 64) == 64
 
 
 @pytest.mark.parametrize("options", [{}, {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}])
