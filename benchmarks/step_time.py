@@ -7,9 +7,13 @@ round by round, so that a ratio is of steps that ran seconds apart. For each net
     BP              the bare model in plain PyTorch
     floor           forward and weight gradients only; the learning signals at the points are given for nothing
     DFA, DKP        `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
+
+With `--device cuda --streams` the captured step is also timed with each block on a stream of its own, on which the GPU
+may run its backward pass beside the other blocks'; BP, whose blocks wait for one another, stays on one stream there.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -45,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or No
 }
 # many nets of one class are compiled here, told apart by their hooks
 DYNAMO = {"skip_nnmodule_hook_guards": False, "cache_size_limit": 64}
+CAPTURED = ("graph", "graph-streams")  # executions as a CUDA graph
 Step = Callable[[], None]
 Roots = tuple[list[Tensor], list[Tensor | None]]  # what to go backward from, and the gradients there
 Forward = Callable[[Tensor, Tensor], Roots]
@@ -62,13 +67,14 @@ class Cell(NamedTuple):
         return (ConvNet, 32, 10) if self.net == "ConvNet" else (AlexNet, 224, 100)
 
 
-def cells(device: torch.device, quick: bool) -> list[Cell]:
+def cells(device: torch.device, quick: bool, streams: bool = False) -> list[Cell]:
     """What to time on `device`: on a CPU, both memory formats; on CUDA, precisions and executions, in channels_last."""
     if device.type == "cpu":
         ways = [("contiguous", "fp32", "eager"), ("channels_last", "fp32", "eager")]
         sizes = [("ConvNet", 64), ("ConvNet", 512), ("AlexNet", 32), ("AlexNet", 128)]
     else:
-        ways = list(itertools.product(["channels_last"], ["fp32", "bf16"], ["eager", "compiled", "graph"]))
+        executions = ["eager", "compiled", "graph", *(["graph-streams"] if streams else [])]
+        ways = list(itertools.product(["channels_last"], ["fp32", "bf16"], executions))
         sizes = [("ConvNet", 64), ("ConvNet", 512), ("AlexNet", 256)]
     return [Cell(net, 2 if quick else batch, ways) for net, batch in (sizes[:1] if quick else sizes)]
 
@@ -114,10 +120,12 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
     if options is not None:
         net = DirectFeedback(model, model.points, example=x[:1], **options)
         if variant == "DKP optimizer":
-            capturable = execution == "graph"
+            capturable = execution in CAPTURED
             optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-4, capturable=capturable, **kind))
     if execution == "compiled":
         net.compile()
+    if execution == "graph-streams" and variant != "BP":
+        on_side_streams(model)
     forward = floor_forward(net) if variant == "floor" else lambda x, y: ([F.cross_entropy(net(x), y)], [None])
 
     def step() -> None:
@@ -129,7 +137,34 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
         for optimizer in optimizers:  # last, so that between steps there are no gradients
             optimizer.zero_grad()
 
-    return capture(step) if execution == "graph" else step
+    return capture(step) if execution in CAPTURED else step
+
+
+def on_side_streams(model: nn.Module) -> None:
+    """Have each block of `model.points` run on a CUDA stream of its own, its feedback point included.
+
+    Autograd runs the backward of an operation on the stream of its forward, so blocks that wait for nothing but e may
+    go backward side by side. To be called last: of a module's hooks the last made is the last to run.
+    """
+    homes: list[torch.cuda.Stream] = []
+
+    def enter(stream: torch.cuda.Stream, block: nn.Module, inputs: tuple) -> None:
+        homes.append(torch.cuda.current_stream())
+        stream.wait_stream(homes[-1])
+        for x in inputs:
+            x.record_stream(stream)
+        torch.cuda.set_stream(stream)
+
+    def leave(stream: torch.cuda.Stream, block: nn.Module, inputs: tuple, h: Tensor) -> None:
+        home = homes.pop()
+        home.wait_stream(stream)
+        h.record_stream(home)
+        torch.cuda.set_stream(home)
+
+    for point in model.points:
+        stream, block = torch.cuda.Stream(), model.get_submodule(point)
+        block.register_forward_pre_hook(functools.partial(enter, stream))
+        block.register_forward_hook(functools.partial(leave, stream))
 
 
 def capture(step: Step) -> Step:
@@ -185,7 +220,7 @@ def measure(cell: Cell, device: torch.device, rounds: int, bar: tqdm) -> Iterato
         for _ in range(WARM_UP):
             step()
         way, variant = key
-        if variant != "floor" and way[2] != "graph":  # its signals are kept; a graph's memory is
+        if variant != "floor" and way[2] not in CAPTURED:  # its signals are kept; a graph's memory is
             memory[key] = peak_bytes(step, device) / 1e6
     times: dict[tuple, list[float]] = {key: [] for key in steps}
     order = list(steps)
@@ -257,6 +292,7 @@ def main() -> None:
     """Measure, print the table, write JSON and PNG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--streams", action="store_true", help="CUDA: also with each block on a stream of its own")
     parser.add_argument("--rounds", type=positive_int, default=60, help="timed steps of each variant (default: 60)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where JSON and PNG go")
     parser.add_argument(
@@ -265,12 +301,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
+    if args.streams and args.device != "cuda":
+        parser.error("--streams goes with --device cuda")
     if args.rounds < 2:
         parser.error("--rounds: quartiles take 2 or more")
     device = torch.device(args.device)
     reuse_memory()
     rounds = 3 if args.quick else args.rounds
-    todo = cells(device, args.quick)
+    todo = cells(device, args.quick, args.streams)
     rows: list[dict[str, Any]] = []
     total = sum(rounds * len(cell.ways) * len(VARIANTS) for cell in todo)
     with tqdm(total=total, unit="step", leave=False, disable=None) as bar:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.step_time import DYNAMO, VARIANTS, Cell, make_step, peak_bytes
-from feedback import DirectFeedback, functional
+from benchmarks.step_time import DYNAMO, VARIANTS, Cell, make_step, on_side_streams, peak_bytes
+from feedback import DirectFeedback, functional, wrapper
 from models import ConvNet
 
 EAGER = ("contiguous", "fp32", "eager")
@@ -69,6 +69,54 @@ def test_every_variant_compiles_in_one_process(monkeypatch):
             step = make_step(Cell("ConvNet", 2, [way]), variant, way, torch.device("cpu"))
             step()
             step()
+
+
+class FakeStream:
+    """In the place of a CUDA stream: knows its name, and what it has waited for."""
+
+    current: "FakeStream"
+
+    def __init__(self, name="side"):
+        self.name, self.waited_for = name, []
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+def test_each_block_runs_on_a_stream_of_its_own(monkeypatch):
+    """The bookkeeping alone: there need be no GPU. A point is made on its block's stream, before the way home."""
+    home = FakeStream("home")
+    FakeStream.current = home
+    uses = []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream.current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(FakeStream, "current", stream))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: uses.append((x.data_ptr(), stream)))
+    model = ConvNet()
+    net = DirectFeedback(model, model.points, "DFA", torch.zeros(2, 3, 32, 32))
+    made_on, ran_on, outputs = [], {}, {}
+    make = wrapper.feedback_point
+    monkeypatch.setattr(
+        wrapper, "feedback_point", lambda *a, **k: (made_on.append(FakeStream.current), make(*a, **k))[1]
+    )
+    for name in ("conv1.conv", "conv2.conv", "pool", "fc1.linear", "fc2"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda m, i, out, name=name: ran_on.__setitem__(name, FakeStream.current))
+    on_side_streams(model)
+    for name in ("conv1", "conv2", "fc1"):
+        model.get_submodule(name).register_forward_hook(
+            lambda m, i, h, name=name: outputs.__setitem__(name, h.data_ptr())
+        )
+    net(torch.zeros(2, 3, 32, 32))
+    sides = [ran_on["conv1.conv"], ran_on["conv2.conv"], ran_on["fc1.linear"]]
+    assert len({home, *sides}) == 4
+    assert made_on == sides
+    assert ran_on["pool"] is ran_on["fc2"] is FakeStream.current is home
+    assert home.waited_for == sides
+    assert all(side.waited_for == [home] for side in sides)
+    # no memory that another stream still reads is given away: a block's output, at home and in the next block
+    assert all((outputs[name], home) in uses for name in outputs)
+    assert (outputs["conv1"], sides[1]) in uses
 
 
 def test_a_matrix_larger_than_the_cache_or_of_rows_below_a_page_takes_all_images_at_once():
