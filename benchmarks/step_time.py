@@ -8,8 +8,8 @@ round by round, so that a ratio is of steps that ran seconds apart. For each net
     floor           forward and weight gradients only; the learning signals at the points are given for nothing
     DFA, DKP        `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
 
-With `--device cuda --streams` the captured step is also timed with each block on a stream of its own, on which the GPU
-may run its backward pass beside the other blocks'; BP, whose blocks wait for one another, stays on one stream there.
+With `--device cuda --streams` the step captured as a CUDA graph is also timed with each block on a stream of its own,
+where its backward pass may run beside those of others; BP, whose blocks wait for one another, keeps to one stream.
 """
 
 import argparse
@@ -124,9 +124,9 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
             optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-4, capturable=capturable, **kind))
     if execution == "compiled":
         net.compile()
+    forward = floor_forward(net) if variant == "floor" else lambda x, y: ([F.cross_entropy(net(x), y)], [None])
     if execution == "graph-streams" and variant != "BP":
         on_side_streams(model)
-    forward = floor_forward(net) if variant == "floor" else lambda x, y: ([F.cross_entropy(net(x), y)], [None])
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -140,11 +140,23 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
     return capture(step) if execution in CAPTURED else step
 
 
+@functools.cache
+def side_stream(i: int) -> "torch.cuda.Stream":
+    """The i-th of this process; made once, since CUDA's 32 streams would come round again."""
+    return torch.cuda.Stream()
+
+
+@functools.cache
+def graph_pool() -> tuple[int, int]:
+    """The memory that all graphs work in, one after the other: nothing there outlives a step."""
+    return torch.cuda.graph_pool_handle()
+
+
 def on_side_streams(model: nn.Module) -> None:
     """Have each block of `model.points` run on a CUDA stream of its own, its feedback point included.
 
     Autograd runs the backward of an operation on the stream of its forward, so blocks that wait for nothing but e may
-    go backward side by side. To be called last: of a module's hooks the last made is the last to run.
+    go backward side by side. To be called last: the hooks that cut the blocks apart are to run before `leave`.
     """
     homes: list[torch.cuda.Stream] = []
 
@@ -161,24 +173,29 @@ def on_side_streams(model: nn.Module) -> None:
         h.record_stream(home)
         torch.cuda.set_stream(home)
 
-    for point in model.points:
-        stream, block = torch.cuda.Stream(), model.get_submodule(point)
+    for i, point in enumerate(model.points, start=1):
+        stream, block = side_stream(i), model.get_submodule(point)
         block.register_forward_pre_hook(functools.partial(enter, stream))
         block.register_forward_hook(functools.partial(leave, stream))
 
 
 def capture(step: Step) -> Step:
     """The same step as a CUDA graph."""
-    stream = torch.cuda.Stream()
+    stream = side_stream(0)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=graph_pool(), stream=stream):
         step()
-    return graph.replay
+
+    def replay(owner: Step = step) -> None:
+        """Run the graph, on the weights, images and optimiser state that `owner` keeps alive."""
+        graph.replay()
+
+    return replay
 
 
 def seconds(step: Step, device: torch.device) -> float:

@@ -64,7 +64,7 @@ class FeedbackPoint(torch.autograd.Function):
         # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
         saved = feedback if inplace_lr is None else feedback.data
         ctx.save_for_backward(saved, h if learns else None, target, inplace_lr, inplace_weight_decay)
-        return feedback.new_zeros(len(h), len(feedback))
+        return h.new_zeros(len(h), len(feedback))
 
     @staticmethod
     @once_differentiable
@@ -111,8 +111,9 @@ def images_at_a_time(feedback_KD: Tensor, batch: int) -> int:
     page are not worth it. In half precision it is the whole batch's all the same, since a sum of e^T @ h over pieces
     would be rounded at each.
     """
-    large = PAGE_BYTES * len(feedback_KD) <= feedback_KD.nbytes <= CACHED_BYTES
-    if not large or not feedback_KD.is_cpu or feedback_KD.itemsize < 4 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or feedback_KD.device.type != "cpu" or feedback_KD.itemsize < 4:
+        return batch
+    if not PAGE_BYTES * len(feedback_KD) <= feedback_KD.nbytes <= CACHED_BYTES:
         return batch
     return next((rows for rows in FEW_IMAGES if batch % rows == 0), batch)
 
@@ -171,14 +172,16 @@ def feedback_point(
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
         name: of the point, for messages.
-        target, inplace_lr, inplace_weight_decay: as in `direct_feedback`, checked there; the last two Tensors.
+        target, inplace_lr, inplace_weight_decay: as in `direct_feedback`; the last two Tensors.
 
     Raises:
         ValueError: as `direct_feedback` does.
     """
     check_point(h, feedback, len(h), len(feedback), name)
+    if target is not None:
+        check_target(target, len(h))
     if target is not None or inplace_lr is not None:
-        refuse_float16(h.dtype)
+        refuse_float16(h)
     if inplace_lr is not None:
         if feedback.requires_grad or not (feedback.is_contiguous() or is_channels_last(feedback)):
             raise ValueError(
@@ -245,13 +248,10 @@ def direct_feedback(
         raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
     for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
         check_point(h, feedback, *logits.shape, f" {i}")
-    if target is not None:
-        check_target(target, len(logits))
     lr = decay = None
     if inplace_lr is not None:
         lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (inplace_lr, inplace_weight_decay))
-    if target is not None or lr is not None:
-        refuse_float16(logits.dtype, autocast_dtype(logits))
+        refuse_float16(logits)
     zeros = [
         feedback_point(h, feedback, target=target, inplace_lr=lr, inplace_weight_decay=decay)
         for h, feedback in zip(activations, matrices, strict=True)
@@ -269,15 +269,11 @@ def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str
         raise ValueError(f"feedback matrix{name} has shape {got}, expected {expected}: (K, *h.shape[1:])")
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts to where `x` lies; None where it is off."""
+def refuse_float16(x: Tensor) -> None:
+    """Raise ValueError where B would learn in a way that a GradScaler upsets: if `x`, or autocast there, is float16."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def refuse_float16(*dtypes: torch.dtype | None) -> None:
-    """Raise ValueError for float16 where B learns in a way that a GradScaler upsets: in place, or as LAS."""
-    if torch.float16 in dtypes:
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if torch.float16 in (autocast, x.dtype):
         raise ValueError(
             "the update of B in place, and LAS, got float16, expected float32 or bfloat16: a GradScaler's factor would"
             ' enter B. Use bfloat16, or DKP with update="optimizer"'

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from feedback.functional import (
-    autocast_dtype,
     broadcast_error,
     check_logits,
     check_target,
@@ -28,9 +27,9 @@ UPDATES = ("optimizer", "inplace")
 
 
 class _Pass(NamedTuple):
-    """A forward pass under way: each point's h_l and its version so far, and the zeros of the points where they learn.
+    """A forward pass under way: each point's h_l and its version, and where the points learn the zero of each, so far.
 
-    An attribute of its own would cost `nn.Module.__setattr__` for each field of each pass.
+    One object, since to set an attribute of an `nn.Module` is slow.
     """
 
     cut: bool
@@ -102,8 +101,7 @@ class DirectFeedback(nn.Module):
         self.rule = rule
         self.update = update
         self._feedback_lr = None if feedback_lr is None else torch.tensor(feedback_lr, dtype=torch.float64)
-        decay = None if feedback_lr is None else torch.tensor(feedback_weight_decay or 0.0, dtype=torch.float64)
-        self._feedback_weight_decay = decay
+        self._feedback_weight_decay = torch.tensor(feedback_weight_decay or 0.0, dtype=torch.float64)
         self.feedback = nn.Module()
         self._pass: _Pass | None = None
         # partial of a bound method: a deep copy's hooks then belong to the copy
@@ -174,7 +172,7 @@ class DirectFeedback(nn.Module):
     @property
     def feedback_weight_decay(self) -> float:
         """Weight decay of B in place."""
-        return 0.0 if self._feedback_weight_decay is None else self._feedback_weight_decay.item()
+        return self._feedback_weight_decay.item()
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the model's logits (N, K).
@@ -193,19 +191,21 @@ class DirectFeedback(nn.Module):
         if self.rule == "LAS":
             check_target(target, len(x))
         zeros: list[Tensor] = []
-        logits, _ = self._run(x, _Pass(True, {}, zeros, target if self.rule == "LAS" else None))
-        if self.rule == "LAS" or self.update == "inplace":
-            refuse_float16(logits.dtype, autocast_dtype(logits))
-        return broadcast_error(logits, zeros)
+        target = target if self.rule == "LAS" else None
+        logits, _ = self._run(x, _Pass(cut=True, taps={}, zeros=zeros, target=target))
+        routed = broadcast_error(logits, zeros)
+        if self.update == "inplace":
+            refuse_float16(routed)
+        return routed
 
     def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
         """Run the model; return its logits and each point's h_l.
 
         With `cut`, as the rule trains: what flows on from h_l is detached, or (FA, KP) goes back through B; BP is BP.
         """
-        return self._run(x, _Pass(cut, {}))
+        return self._run(x, _Pass(cut=cut, taps={}))
 
-    def _run(self, x: Tensor, under_way: "_Pass") -> tuple[Tensor, list[Tensor]]:
+    def _run(self, x: Tensor, under_way: _Pass) -> tuple[Tensor, list[Tensor]]:
         self._pass = under_way
         try:
             logits = self.model(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.step_time import DYNAMO, VARIANTS, Cell, make_step, on_side_streams, peak_bytes
+from benchmarks.step_time import DYNAMO, VARIANTS, Cell, make_step, on_side_streams, peak_bytes, side_stream
 from feedback import DirectFeedback, functional, wrapper
 from models import ConvNet
 
@@ -71,6 +71,17 @@ def test_every_variant_compiles_in_one_process(monkeypatch):
             step()
 
 
+@pytest.mark.parametrize("variant", ["DFA", "DKP optimizer", "DKP inplace"])
+def test_matrices_that_eager_takes_in_pieces_compile_without_a_graph_break(variant):
+    torch._dynamo.reset()
+    model, x = ConvNet(), torch.randn(32, 3, 32, 32)
+    net = DirectFeedback(model, model.points, example=x[:1], **VARIANTS[variant])
+    assert functional.images_at_a_time(net.matrices()[0].flatten(1), len(x)) < len(x)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    F.cross_entropy(compiled(x), torch.arange(32) % 10).backward()
+    assert model.conv1.conv.weight.grad.norm() > 0
+
+
 class FakeStream:
     """In the place of a CUDA stream: knows its name, and what it has waited for."""
 
@@ -102,7 +113,9 @@ def test_each_block_runs_on_a_stream_of_its_own(monkeypatch):
     for name in ("conv1.conv", "conv2.conv", "pool", "fc1.linear", "fc2"):
         module = model.get_submodule(name)
         module.register_forward_hook(lambda m, i, out, name=name: ran_on.__setitem__(name, FakeStream.current))
+    side_stream.cache_clear()
     on_side_streams(model)
+    side_stream.cache_clear()
     for name in ("conv1", "conv2", "fc1"):
         model.get_submodule(name).register_forward_hook(
             lambda m, i, h, name=name: outputs.__setitem__(name, h.data_ptr())
