@@ -35,7 +35,7 @@ from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
 from training.setup import SCHEDULES, make_optimizers, set_learning_rates, wrap
 
-BEST_RECIPE = Path(__file__).parent / "training" / "best_recipe.json"  # of each rule; README says how they were found
+BEST_RECIPE = Path(__file__).parent / "training" / "best_recipe.json"  # of each rule: what the search in README found
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT = (
     "recipe",

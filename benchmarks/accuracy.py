@@ -2,7 +2,7 @@
 
 Run:    python benchmarks/accuracy.py --data DIR
 Search: python benchmarks/accuracy.py --data DIR --search, then --recipe benchmarks/results/NAME/recipe.json
-        --recipe best is what such a search has found (DKP's: see README)
+        --recipe best is what such a search has found
 Stop it with Ctrl-C; the same command goes on where it was, and several of them at once share the runs. Every flag that
 is not listed below goes to each run of main.py.
 """

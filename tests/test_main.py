@@ -315,10 +315,10 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     assert_refused(capsys, lambda: run("--recipe", "best", "--b-update", "inplace"), "learned by Adam")
 
 
-def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights_and_dkp():
+def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights():
     found = Path(main.__file__).parent / "benchmarks" / "results" / "cifar10-search-3-epochs" / "recipe.json"
     searched = json.loads(found.read_text())
-    for mode in set(RULES) - {"DKP"}:  # DKP's comes from whole runs, see README
+    for mode in RULES:
         best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
         winner, _, _ = main.parse_arguments(["--train-mode", mode, *searched[mode]])
         assert vars(best) == vars(winner) | {"recipe": "best", "wd": 3e-3}
