@@ -186,16 +186,8 @@ def train(run: Run, folder: Path, args: Namespace) -> None:
         flags = ["--resume", str(folder)]
     else:
         flags = ["--train-mode", run.mode, "--seed", str(run.seed), "--epochs", str(args.epochs)]
-        flags += [
-            "--batch-size",
-            str(BATCH_SIZE),
-            "--dataset",
-            "cifar10",
-            "--out",
-            str(folder),
-            *run.settings,
-            *run.flags,
-        ]
+        flags += ["--batch-size", str(BATCH_SIZE), "--dataset", "cifar10", "--out", str(folder)]
+        flags += [*run.settings, *run.flags]
         if args.validation is not None:
             flags += ["--validation", str(args.validation)]
     status = script.main(["--data", str(args.data), *flags])
