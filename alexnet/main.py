@@ -23,30 +23,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import AlexNet
 from training.arguments import (
     Parser,
-    add_feedback_arguments,
-    folder,
+    add_common_arguments,
+    advice,
     nonnegative_float,
     nonnegative_int,
     parse_run_arguments,
     positive_int,
     run_script,
-    seed,
 )
-from training.checkpoint import load_checkpoint
+from training.augment import resized_side
+from training.checkpoint import CONTENT, NAMES, TRAINED, load_checkpoint, save_checkpoint, trained_state
+from training.classify import classify
 from training.data import load_images
 from training.distributed import barrier, gather, rank, world_size
 from training.images import Source, cifar_source, folder_source
-from training.launch import check, launch, processes_per_node, restarts, under_torchrun
-from training.loop import Job, evaluate, fit, restore
+from training.launch import check, device_of, launch, processes_per_node, restarts, under_torchrun
+from training.loop import Job, evaluate, fit, restore, test_line
 from training.memory import reuse_memory
 from training.run import make_run_folder, write_config
 from training.setup import make_optimizers, set_learning_rates, wrap
 
-CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = ("arch", "train_mode", "dataset", "b_update", "b_scale", "seed", "image_size")
+FIXED_BY_THE_CHECKPOINT = ("recipe", "arch", "train_mode", "dataset", "b_update", "b_scale", "seed", "image_size")
 # not of the experiment, so not in the checkpoint
-OF_THE_RUN = {"out", "resume", "evaluate", "start_epoch", "workers", "compile", "limit_batches"}
+OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "limit_batches"}
 OF_THE_PROCESSES = {"world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "gpu", "nprocs_per_node"}
 NOT_KEPT = OF_THE_RUN | OF_THE_PROCESSES | {"multiprocessing_distributed"}
 
@@ -55,56 +56,31 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="alexnet/main.py", description=__doc__)
     parser.set_defaults(schedule="constant")
-    add = parser.add_argument
-    add(
-        "data", nargs="?", default="data", metavar="DATA", help="folder where data are found and kept (default: ./data)"
-    )
-    add("--dataset", choices=("cifar100", "imagenet", "synthetic"), help="default: cifar100, or synthetic without it")
+    common = {"epochs": 90, "lr": 0.1, "wd": 1e-4, "b_lr": 0.01, "b_wd": 1e-4, "gamma": 1.0, "b_scale": 0.0}
+    training, data, run = add_common_arguments(parser, **common)
+    add = training.add_argument
     add("-a", "--arch", choices=("alexnet",), default="alexnet", help="the only one there is: alexnet")
-    add("--image-size", type=positive_int, default=224, metavar="S", help="pixels a side, 63 or more (default: 224)")
-    add("--epochs", type=positive_int, default=90, metavar="N", help="epochs in all, resumed ones too (default: 90)")
-    add("--start-epoch", type=nonnegative_int, default=0, metavar="N", help="count from this epoch on (default: 0)")
-    add(
-        "-b",
-        "--batch-size",
-        type=positive_int,
-        default=256,
-        metavar="N",
-        help="of all a node's processes (default: 256)",
-    )
-    add("--lr", type=nonnegative_float, default=0.1, help="learning rate of SGD for the weights (default: 0.1)")
+    add("-b", "--batch-size", type=positive_int, default=256, metavar="N", help="of a node's processes (default: 256)")
     add("--momentum", type=nonnegative_float, default=0.9, help="of SGD, below 1 (default: 0.9)")
-    add("--wd", "--weight-decay", type=nonnegative_float, default=1e-4, help="of the weights (default: 1e-4)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
-    add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory: faster")
     add("--compile", action="store_true", help="compile the net with torch.compile")
+    add = data.add_argument
+    add("data", nargs="?", default="data", metavar="DATA", help="where data are found and kept (default: ./data)")
+    add("--dataset", choices=("cifar100", "imagenet", "synthetic"), help="default: cifar100, or synthetic without it")
+    add("--image-size", type=positive_int, default=224, metavar="S", help="pixels a side, 63 or more (default: 224)")
+    add("-j", "--workers", type=nonnegative_int, metavar="N", help="a node's workers for imagenet (default: 4)")
     add("--limit-batches", type=positive_int, metavar="N", help="train on the first N batches of an epoch, test on N")
-    add("--seed", type=seed, default=1, help="of weights, B, data order and crops (default: 1)")
+    add = run.add_argument
+    add("--start-epoch", type=nonnegative_int, default=0, metavar="N", help="count from this epoch on (default: 0)")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help="steps between logs (default: 10)")
-    add(
-        "-j",
-        "--workers",
-        type=nonnegative_int,
-        metavar="N",
-        help="DataLoader workers of the node, imagenet only (default: 4)",
-    )
-    add("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test set and end")
-    add("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/alexnet-DATASET-MODE-SEED-TIME)")
-    add("--resume", type=folder, metavar="RUN", help="continue from this run's folder, or from a checkpoint file in it")
-    processes = parser.add_argument_group("processes").add_argument
-    processes("--multiprocessing-distributed", action="store_true", help="one process per GPU, or --nprocs-per-node")
-    processes("--nprocs-per-node", type=positive_int, metavar="N", help="default: the number of GPUs, without any 1")
-    processes(
-        "--world-size", type=int, default=-1, metavar="N", help="nodes (processes, if started one by one by hand)"
-    )
-    processes("--rank", type=int, default=-1, metavar="N", help="of this node (or process)")
-    processes("--dist-url", metavar="URL", help="where the processes meet (default: a free local port)")
-    processes("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on CUDA, gloo on a CPU")
-    processes(
-        "--dist-timeout", type=positive_int, default=600, metavar="S", help="seconds to wait for others (default: 600)"
-    )
-    processes("--gpu", type=nonnegative_int, metavar="N", help="the GPU of a single process (default: 0)")
-    add_feedback_arguments(parser, b_lr=0.01, b_wd=1e-4, gamma=1.0, b_scale=0.0)
+    add = parser.add_argument_group("processes").add_argument
+    add("--multiprocessing-distributed", action="store_true", help="one process per GPU, or --nprocs-per-node")
+    add("--nprocs-per-node", type=positive_int, metavar="N", help="default: the number of GPUs, without any 1")
+    add("--world-size", type=int, default=-1, metavar="N", help="nodes (processes, if started one by one by hand)")
+    add("--rank", type=int, default=-1, metavar="N", help="of this node (or process)")
+    add("--dist-url", metavar="URL", help="where the processes meet (default: a free local port)")
+    add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on CUDA, gloo on a CPU")
+    add("--dist-timeout", type=positive_int, default=600, metavar="S", help="seconds to wait for others (default: 600)")
+    add("--gpu", type=nonnegative_int, metavar="N", help="the GPU of a single process (default: 0)")
     return parser
 
 
@@ -113,10 +89,9 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = make_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     asked = parser.parse_args(argv) if restarts() > 0 else None
-    resumed_by_itself = asked is not None and not asked.evaluate and (run_folder(asked) / CHECKPOINT).exists()
-    if resumed_by_itself:
+    if asked is not None and not asked.evaluate and (run_folder(asked) / NAMES["AlexNet"]).exists():
         argv += ["--resume", str(run_folder(asked)), "--start-epoch", "0"]
-    args, checkpoint = parse_run_arguments(parser, argv, CHECKPOINT, "AlexNet", FIXED_BY_THE_CHECKPOINT)
+    args, checkpoint = parse_run_arguments(parser, argv, "AlexNet", FIXED_BY_THE_CHECKPOINT)
     check(args, parser)
     if args.momentum >= 1:
         parser.error(f"--momentum: got {args.momentum}, expected less than 1")
@@ -124,17 +99,10 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error(f"--image-size: got {args.image_size}, expected {AlexNet.smallest_image} or more")
     if args.workers is not None and args.dataset != "imagenet":
         print("-j is for --dataset imagenet alone: the CIFAR sets lie on the device", file=sys.stderr)
-    if args.evaluate and checkpoint is None:
-        parser.error("--evaluate needs --resume: the checkpoint to evaluate")
     if args.start_epoch and checkpoint is not None:
         parser.error("--start-epoch does not go with --resume: the checkpoint knows its epoch")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch: got {args.start_epoch}, expected less than --epochs {args.epochs}")
-    if checkpoint is not None and checkpoint["epoch"] >= args.epochs and not args.evaluate:
-        done = f"the run in {args.resume} has done its {checkpoint['epoch']} epochs"
-        if resumed_by_itself:
-            parser.exit(0, f"{done}\n")
-        parser.error(f"{done}: raise --epochs to go on")
     if args.batch_size < 2 * processes_per_node(args):
         parser.error(f"-b: got {args.batch_size}, expected 2 or more for each of {processes_per_node(args)} processes")
     return args
@@ -143,8 +111,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 def run_folder(args: Namespace) -> Path:
     """The run's folder; under torchrun, the same one after a restart."""
     if args.resume is not None:
-        path = Path(args.resume)
-        return path.parent if path.is_file() else path
+        return Path(args.resume).parent
     stamp = time.strftime("%Y%m%d-%H%M%S")
     if under_torchrun():
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -185,18 +152,17 @@ def work(args: Namespace, device: torch.device) -> int:
         source = load_source(args, device)
         args.dataset = source.name
         if args.resume is not None:
-            path = Path(args.resume)
-            checkpoint = load_checkpoint(path if path.is_file() else path / CHECKPOINT)
+            checkpoint = load_checkpoint(Path(args.resume), "AlexNet", TRAINED if args.evaluate else CONTENT)
         if len(set(gather((source.fingerprint, checkpoint and checkpoint["epoch"])))) > 1:
             raise ValueError("the processes see other data or checkpoints than each other: are the folders shared?")
         if rank() == 0 and checkpoint is None:
-            make_run_folder(run, CHECKPOINT)
+            make_run_folder(run, "AlexNet")
     except (ValueError, OSError) as error:
         make_parser().error(str(error))
     barrier()
 
     torch.manual_seed(args.seed)
-    model = AlexNet(source.num_classes).to(device)
+    model = AlexNet(len(source.classes)).to(device)
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     if args.channels_last:
         model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
@@ -225,43 +191,55 @@ def work(args: Namespace, device: torch.device) -> int:
         steps=steps,
         epochs=args.epochs,
         folder=run,
+        classes=source.classes,
         settings={key: value for key, value in vars(args).items() if key not in NOT_KEPT},
         data=source.fingerprint,
         model_name="AlexNet",
         command=f"the same command and --resume {run}",
-        checkpoint_name=CHECKPOINT,
+        advice=advice(args),
         best_name=BEST,
         bfloat16=args.precision == "bf16",
         log_interval=args.print_freq,
         epoch=args.start_epoch,
     )
     try:
+        if args.evaluate:
+            model.load_state_dict(trained_state(checkpoint))
+            line = test_line(job, evaluate(job))
+            if rank() == 0:
+                print(line)
+            return 0
         if checkpoint is not None:
             restore(job, checkpoint)
-        if rank() == 0 and not args.evaluate:
-            write_config(run, vars(args), source.where, device)
-    except (ValueError, OSError) as error:
-        make_parser().error(f"{run}: {error}")
-    if args.evaluate:
-        metrics = evaluate(job)
         if rank() == 0:
-            top1, top5 = metrics["test_accuracy"], metrics["test_top5_accuracy"]
-            print(f"test accuracy {top1:.2f} % top-1, {top5:.2f} % top-5; loss {metrics['test_loss']:.4f}")
-        return 0
+            write_config(run, vars(args), source.where, device)
+    except (ValueError, RuntimeError, OSError) as error:
+        make_parser().error(f"{run}: {error}")
     del checkpoint
     if rank() == 0:
-        world = f"{world_size()} process{'es' if world_size() > 1 else ''}"
+        world = "1 process" if world_size() == 1 else f"{world_size()} processes"
         print(
             f"{args.train_mode} on {source.where}, {device}, {world}; run folder {run}, "
             f"from epoch {job.epoch}, step {job.tally['step']}",
             flush=True,
         )
-    return fit(job)
+    status = fit(job)
+    if status == 0 and args.save_model and rank() == 0:
+        save_checkpoint(run / "model.pt", model.state_dict())
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the job's exit status."""
-    return launch(parse_arguments(argv), work)
+    args = parse_arguments(argv)
+    if args.classify is None:
+        return launch(args, work)
+    try:
+        checkpoint = load_checkpoint(Path(args.resume), "AlexNet", TRAINED)
+        model = AlexNet(len(checkpoint["classes"])).to(device_of(args.gpu or 0))
+        return classify(model, checkpoint, args.classify, resized=resized_side(args.image_size), size=args.image_size)
+    except (ValueError, OSError) as error:
+        make_parser().error(str(error))
 
 
 if __name__ == "__main__":

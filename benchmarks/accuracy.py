@@ -1,10 +1,11 @@
-"""Accuracy and angles of the learning rules on CIFAR-10: rules x seeds by main.py, tables and plots.
+"""Accuracy and angles of the learning rules: rules x seeds by a training script, tables and plots.
 
-Run:    python benchmarks/accuracy.py --data DIR
-Search: python benchmarks/accuracy.py --data DIR --search, then --recipe benchmarks/results/NAME/recipe.json
-        --recipe best is what such a search has found
+Run:    python benchmarks/accuracy.py --data DIR --recipe original
+        trains CIFAR-10's net; --net alexnet trains AlexNet on CIFAR-100
+Search: python benchmarks/accuracy.py --data DIR --search, then --recipe runs/NAME/recipe.json
+Everything goes to a folder under runs/; where benchmarks/results has a sweep of that name, the last line compares both.
 Stop it with Ctrl-C; the same command goes on where it was, and several of them at once share the runs. Every flag that
-is not listed below goes to each run of main.py.
+is not listed below goes to each run of the training script.
 """
 
 import csv
@@ -14,49 +15,40 @@ import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
-import matplotlib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main as script
+import alexnet.main
+import main as convnet
 from feedback import LEARNED, RULES
 from training.arguments import Parser, positive_int, run_script, seed
-from training.run import REPOSITORY
+from training.checkpoint import NAMES
+from training.loop import DIVERGED
+from training.plot import Panel, Row, angle_titles, draw, read_metrics
+from training.run import REPOSITORY, count
 from training.synthetic import synthetic_images
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+RUNS, COMMITTED = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
+VERSION = 3  # of the layout of sweep.json
+# not for the user to give
+OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run", "--evaluate", "--classify")
+HELD_OUT = 5000  # training images on which a search of CIFAR-10's net chooses settings
+DEVIATIONS = 2  # a reproduction further than this from what is committed is named
 
-RUNS, RESULTS = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
-BATCH_SIZE = 50
-OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")  # not for the user to give
-# what begins the columns of metrics.csv that hold angles: the learning signal's at a point, and the weights' gradient's
-ANGLES = {"alignment_deg_": "signal", "parameter_deg_": "gradient"}
-HELD_OUT = 5000  # training images on which a search chooses settings
-# shade, line and marker of each rule: any one of the three tells them apart
-STYLES = [
-    ("#000000", "-", "o"),
-    ("#c0a000", "--", "s"),
-    ("#6060c0", "-.", "^"),
-    ("#909090", ":", "D"),
-    ("#b03030", (0, (6, 2)), "v"),
-    ("#208050", (0, (3, 1, 1, 1, 1, 1)), "X"),
-]
-
-Row = dict[str, str]
-Changes = dict[str, str | None]  # flags of main.py and their values, None for one that has no value
+Changes = dict[str, str | None]  # flags of the script and their values, None for one that has no value
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of main.py: its rule, seed, the name of its settings, these as flags, and the whole sweep's flags."""
+    """One run of a training script: rule, seed, the name of its settings, these as flags, and the sweep's own flags."""
 
     mode: str
     seed: int
@@ -70,27 +62,12 @@ class Run:
         return f"{self.mode}-{self.recipe}-seed{self.seed}"
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(prog="benchmarks/accuracy.py", description=__doc__)
-    add = parser.add_argument
-    add("--data", default="data", metavar="DIR", help="folder where CIFAR-10 is found and kept (default: ./data)")
-    add("--modes", nargs="+", choices=RULES, default=RULES, metavar="MODE", help=f"default: {' '.join(RULES)}")
-    add("--seeds", nargs="+", type=seed, metavar="N", help="default: 1 2 3; 1 for a search")
-    add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50; 3 for a search)")
-    add("--recipe", default="original", help="original, best, or a recipe.json that a search wrote (default: original)")
-    add("--search", action="store_true", help=f"find settings for each rule on {HELD_OUT} held-out training images")
-    add("--name", help="of the folders under runs/ and benchmarks/results/ (default: cifar10-RECIPE-N-epochs)")
-    add("--quick", action="store_true", help="two epochs of a tiny set in a folder of their own, to see that it runs")
-    return parser
+def convnet_stages(mode: str) -> list[list[Changes]]:
+    """What a search of CIFAR-10's net tries, from the original's settings: ten runs for each rule.
 
-
-def stages(mode: str) -> list[list[Changes]]:
-    """What a search changes, stage by stage, each the changes to try on the best settings of the stages before.
-
-    It starts from the original's settings, and is ten runs for each rule: learning rate and schedule of W first,
-    with and without --fc-norm; then the learning rate, schedule, decay and start of B where those are its own, else
-    more of W's, and B's start; last, one step of W's learning rate beyond the edge of what was tried.
+    Learning rate and schedule of W first, with and without --fc-norm; then the learning rate, schedule, decay and start
+    of B where those are its own, else more of W's, and B's start; last, one step of W's learning rate beyond the edge
+    of what was tried.
     """
     beyond: list[Changes] = [{"--lr": {"BP": "0.05", "DKP": "0.001", "LAS": "0.02"}.get(mode, "0.03")}]
     one_cycle: Changes = {"--schedule": "one-cycle"}
@@ -105,26 +82,119 @@ def stages(mode: str) -> list[list[Changes]]:
     return [weights, [{"--lr": "0.02"}], [{"--wd": "1e-4"}, {"--wd": "1e-3"}], rest, beyond]
 
 
+def alexnet_stages(mode: str) -> list[list[Changes]]:
+    """What a search of AlexNet tries, from the original's settings: eight runs for each rule.
+
+    W's learning rate first; then B's learning rate or start, for BP and KP more of W's; then one more learning rate of
+    W; last, what the edges of the stages before call for.
+    """
+    first = {"DFA": ("0.0003", "0.001", "0.003"), "BP": ("0.01", "0.03", "0.1"), "KP": ("0.01", "0.03", "0.1")}
+    b_lr: Changes = {"--b-lr": "1e-4"} if mode in LEARNED else {}
+    weights: list[Changes] = [{"--lr": lr} | b_lr for lr in first.get(mode, ("0.003", "0.01", "0.03"))]
+    second: dict[str, list[Changes]] = {
+        "FA": [{"--b-scale": "0.5"}, {"--b-scale": "2"}],
+        "DFA": [{"--b-scale": "0.3"}, {"--b-scale": "0.1"}],
+        **{learned: [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}] for learned in LEARNED},
+    }
+    last: dict[str, list[Changes]] = {
+        "FA": [{"--lr": "0.001"}, {"--wd": "3e-3"}],
+        "DFA": [{"--lr": "0.003", "--b-scale": "0.1"}, {"--lr": "0.003", "--b-scale": "0.03"}],
+        "DKP": [{"--lr": "0.05"}, {"--lr": "0.1"}],
+        "LAS": [{"--b-lr": "1e-3"}, {"--lr": "0.05"}],
+    }
+    beyond: list[Changes] = [{"--lr": "0.01" if mode == "DFA" else "0.02"}]
+    more: list[Changes] = [{"--lr": "0.005"}, {"--lr": "0.05"}]
+    return [weights, second.get(mode, more), beyond, last.get(mode, [{"--wd": "1e-3"}, {"--wd": "3e-3"}])]
+
+
+@dataclass(frozen=True)
+class Net:
+    """What is swept over: a net, its script and data, and how a search of its settings goes.
+
+    dataset: the set and its name. epochs: of a run, and of a run of a search. flags: of every run. search_flags: of
+    every run of a search. score: of a row of metrics.csv, the higher the better.
+    """
+
+    script: ModuleType
+    model: str
+    data_flag: tuple[str, ...]
+    dataset: str
+    classes: int
+    epochs: tuple[int, int]
+    flags: tuple[str, ...]
+    search_flags: tuple[str, ...]
+    stages: Callable[[str], list[list[Changes]]]
+    score: Callable[[Row], float]
+
+
+NETS = {
+    "convnet": Net(
+        script=convnet,
+        model="ConvNet",
+        data_flag=("--data",),
+        dataset="cifar10",
+        classes=10,
+        epochs=(50, 3),
+        flags=("--batch-size", "50"),
+        search_flags=("--validation", str(HELD_OUT)),
+        stages=convnet_stages,
+        score=lambda row: float(row["validation_accuracy"]),
+    ),
+    "alexnet": Net(
+        script=alexnet.main,
+        model="AlexNet",
+        data_flag=(),
+        dataset="cifar100",
+        classes=100,
+        epochs=(90, 1),
+        flags=(),
+        search_flags=("--limit-batches", "100"),
+        stages=alexnet_stages,
+        score=lambda row: -float(row["train_loss"]),
+    ),
+}
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="benchmarks/accuracy.py", description=__doc__)
+    add = parser.add_argument
+    add("--net", choices=NETS, default="convnet", help="and its data: convnet, CIFAR-10; alexnet, CIFAR-100")
+    add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
+    modes = {"type": str.upper, "choices": RULES, "default": list(RULES)}
+    add("--modes", nargs="+", **modes, metavar="MODE", help=f"default: {' '.join(RULES)}")
+    add("--seeds", nargs="+", type=seed, metavar="N", help="default: 1 2 3; 1 for a search")
+    add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50, alexnet 90; of a search 3 and 1)")
+    add("--recipe", default="best", help="best, original, or a recipe.json that a search wrote (default: best)")
+    add("--search", action="store_true", help="find settings for each rule; the test images choose nothing")
+    add("--name", help="of the folder under runs/ (default: DATASET-RECIPE-N-epochs)")
+    add("--quick", action="store_true", help="two epochs of a tiny set in a folder of their own, to see that it runs")
+    return parser
+
+
 def words(changes: Changes) -> list[str]:
     """Flags and values as a command line has them."""
     return [word for pair in changes.items() for word in pair if word is not None]
 
 
-def search_runs(mode: str, seeds: Sequence[int], flags: Sequence[str], folder: Path, epochs: int) -> list[Run]:
-    """The runs of `mode` in a search, as far as they can be known: to the first stage that is not over."""
+def search_runs(mode: str, folder: Path, args: Namespace, flags: Sequence[str]) -> list[Run]:
+    """The runs of `mode` in a search, as far as they can be known: to the first stage that is not over.
+
+    Each stage changes the best settings of the stages before.
+    """
     settings: dict[str, Changes] = {}
     runs: list[Run] = []
-    for stage in stages(mode):
+    for stage in NETS[args.net].stages(mode):
         base: Changes = {}
         if runs:
-            best = best_outcomes(outcomes_of(runs, folder, "validation_accuracy", epochs)).get(mode)
-            if best is None or not all(is_over(folder / run.name, epochs) for run in runs):
+            best = best_outcomes(outcomes_of(runs, folder, args)).get(mode)
+            if best is None or not all(is_over(folder / run.name, args.epochs) for run in runs):
                 break
             base = settings[best.recipe]
         for changes in stage:
             name = "-".join(words(changes)).replace("--", "")
             settings[name] = base | changes
-            runs += [Run(mode, seed, name, tuple(words(settings[name])), tuple(flags)) for seed in seeds]
+            runs += [Run(mode, seed, name, tuple(words(settings[name])), tuple(flags)) for seed in args.seeds]
     return runs
 
 
@@ -146,10 +216,7 @@ def read_recipe(path: Path, modes: Sequence[str]) -> dict[str, list[str]]:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Within, the yielded value says whether this process has `folder` to itself; the end of a process frees it.
-
-    With `wait` it comes when it is so.
-    """
+    """Try to lock `folder`, or `wait` for it; yield whether this process holds it. The end of a process frees it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         try:
@@ -160,18 +227,9 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
             yield True
 
 
-def metrics(folder: Path) -> list[Row]:
-    """The rows of a run's metrics.csv so far."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def is_over(folder: Path, epochs: int) -> bool:
     """Whether a run has done its epochs, or failed."""
-    return len(metrics(folder)) >= epochs or (folder / "failed").exists()
+    return len(read_metrics(folder)) >= epochs or (folder / "failed").exists()
 
 
 def train(run: Run, folder: Path, args: Namespace) -> None:
@@ -180,103 +238,112 @@ def train(run: Run, folder: Path, args: Namespace) -> None:
     A signal that comes while the last epoch is evaluated finds the run finished; a second one stops the next run.
 
     Raises:
-        SystemExit: it was stopped by a signal, or main.py refused its command line.
+        SystemExit: it was stopped by a signal, could not write its files, or the script refused its command line.
     """
-    if (folder / "checkpoint.pt").exists():
+    net = NETS[args.net]
+    data = [*net.data_flag, str(args.data)]
+    if (folder / NAMES[net.model]).exists():
         flags = ["--resume", str(folder)]
     else:
         flags = ["--train-mode", run.mode, "--seed", str(run.seed), "--epochs", str(args.epochs)]
-        flags += ["--batch-size", str(BATCH_SIZE), "--dataset", "cifar10", "--out", str(folder)]
+        flags += [*net.flags, *(search_flags(args) if args.search else ())]
+        flags += ["--dataset", net.dataset, "--out", str(folder)]
+        flags += ["--recipe", "original" if run.settings else run.recipe]
         flags += [*run.settings, *run.flags]
-        if args.validation is not None:
-            flags += ["--validation", str(args.validation)]
-    status = script.main(["--data", str(args.data), *flags])
-    if status >= 128:
+    status = net.script.main([*data, *flags])
+    if status == DIVERGED:
+        (folder / "failed").touch()
+    elif status:
         print("the sweep's own command goes on from there, too", file=sys.stderr)
         raise SystemExit(status)
-    if status:
-        (folder / "failed").touch()
 
 
-def sweep(runs: list[Run], to_come: int, runs_folder: Path, results: Path, args: Namespace) -> None:
+def search_flags(args: Namespace) -> Sequence[str]:
+    """The flags that a search adds to every run; with --quick, for the tiny set."""
+    return ("--validation", "16") if args.quick and args.net == "convnet" else NETS[args.net].search_flags
+
+
+def sweep(runs: list[Run], to_come: int, folder: Path, args: Namespace) -> None:
     """Train all `runs` that are not over nor another process's; after each, write the results of the whole sweep.
 
     `to_come` is how many more runs will follow these.
     """
     for number, run in enumerate(runs, start=1):
-        folder = runs_folder / run.name
-        with locked(folder) as free:
+        with locked(folder / run.name) as free:
             if not free:
                 print(f"{run.name}: another process is at it, passed over", flush=True)
                 continue
-            if is_over(folder, args.epochs):
+            if is_over(folder / run.name, args.epochs):
                 continue
-            left = what_is_left(runs, to_come, runs_folder, args.epochs)
+            left = what_is_left(runs, to_come, folder, args.epochs)
             print(f"run {number}/{len(runs) + to_come}, {run.name}; {left}", flush=True)
-            train(run, folder, args)
-        publish(runs, runs_folder, results, args)
-    publish(runs, runs_folder, results, args)
+            train(run, folder / run.name, args)
+        publish(runs, folder, args)
+    publish(runs, folder, args)
 
 
-def publish(runs: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
+def publish(runs: list[Run], folder: Path, args: Namespace) -> None:
     """Write the results of the whole sweep, `runs` included.
 
     Raises:
         ValueError: as `remembered` does.
     """
-    with locked(runs_folder, wait=True):
-        write_results(remembered(results, runs, args), runs_folder, results, args)
+    with locked(folder, wait=True):
+        write_results(remembered(folder, runs, args), folder, args)
 
 
 def what_is_left(runs: list[Run], to_come: int, runs_folder: Path, epochs: int) -> str:
     """The epochs to train, and for about how long by the mean of those that are done."""
-    done = {run: metrics(runs_folder / run.name) for run in runs}
+    done = {run: read_metrics(runs_folder / run.name) for run in runs}
     left = sum(epochs - len(rows) for run, rows in done.items() if not is_over(runs_folder / run.name, epochs))
     left += epochs * to_come
     seconds = [float(row["seconds"]) for rows in done.values() for row in rows]
     if not seconds:
-        return f"{left} epochs to go"
-    return f"{left} epochs to go, about {timedelta(seconds=round(left * statistics.mean(seconds)))} left"
+        return f"{count(left, 'epoch')} to go"
+    return f"{count(left, 'epoch')} to go, about {timedelta(seconds=round(left * statistics.mean(seconds)))} left"
 
 
-def write_results(runs: list[Run], runs_folder: Path, results: Path, args: Namespace) -> None:
-    """Write metrics.csv and table.md to `results`; for a search recipe.json too, else the plots."""
+def write_results(runs: list[Run], folder: Path, args: Namespace) -> None:
+    """Write metrics.csv and table.md; for a search recipe.json and runner-up.json too, else the plots."""
     rows = [
         {"mode": run.mode, "seed": str(run.seed), "recipe": run.recipe}
         | {"settings": " ".join(run.settings), "flags": " ".join(run.flags)}
         | row
         for run in runs
-        for row in metrics(runs_folder / run.name)
+        for row in read_metrics(folder / run.name)
     ]
     if not rows:
         return
-    with open(results / "metrics.csv", "w", newline="") as file:
+    with open(folder / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    split = "test" if args.validation is None else "validation"
-    outcomes = outcomes_of(runs, runs_folder, f"{split}_accuracy", args.epochs)
-    configs = [runs_folder / run.name / "config.json" for run in runs if metrics(runs_folder / run.name)]
-    (results / "table.md").write_text(table(outcomes, split, args.epochs) + where(configs))
+    split = split_of(rows)
+    outcomes = outcomes_of(runs, folder, args)
+    configs = [folder / run.name / "config.json" for run in runs if read_metrics(folder / run.name)]
+    (folder / "table.md").write_text(table(outcomes, split, args) + where(configs))
     if args.search:
-        batch, best = ("--batch-size", str(BATCH_SIZE)), best_outcomes(outcomes)
-        recipe = {mode: batch + best[mode].settings for mode in RULES if mode in best}
-        (results / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    else:
-        plot(rows, {f"{split}_accuracy": ""}, f"{split} accuracy, %", results / "accuracy.png", height_px=450)
-        for what in ANGLES.values():
-            titles = {key: title for key, title in angle_titles(rows[0]).items() if title.startswith(what)}
-            plot(rows, titles, "angle to BP's, degrees", results / f"{what}_angles.png", height_px=350)
+        for place, name in enumerate(("recipe.json", "runner-up.json")):
+            found = best_outcomes(outcomes, place)
+            recipe = {mode: NETS[args.net].flags + found[mode].settings for mode in RULES if mode in found}
+            (folder / name).write_text(json.dumps(recipe, indent=2) + "\n")
+        return
+    curves = {mode: [row for row in rows if row["mode"] == mode] for mode in RULES}
+    accuracy = [Panel(f"{split}_accuracy", "", f"{split} accuracy, %")]
+    draw(curves, accuracy, folder / "accuracy.png", (8, 4.5), per_row=1)
+    for what in ("signal", "gradient"):
+        panels = [
+            Panel(column, title, "angle to BP's, degrees")
+            for column, title in angle_titles(rows[0]).items()
+            if title.startswith(what)
+        ]
+        if panels:
+            draw(curves, panels, folder / f"{what}_angles.png", (8, 3.5), per_row=len(panels), shared=True)
 
 
-def angle_titles(row: Row) -> dict[str, str]:
-    """The columns of `row` that hold angles, each with what it is the angle of."""
-    return {
-        key: f"{what} {key.removeprefix(prefix).removesuffix('.weight')}"
-        for prefix, what in ANGLES.items()
-        for key in row
-        if key.startswith(prefix)
-    }
+def split_of(rows: Sequence[Row]) -> str:
+    """What the accuracies of these rows are of, "test" or "validation" images."""
+    return "validation" if "validation_accuracy" in rows[0] else "test"
 
 
 @dataclass
@@ -287,6 +354,8 @@ class Outcome:
     recipe: str
     settings: tuple[str, ...]
     flags: tuple[str, ...]
+    scores: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     last: list[float] = field(default_factory=list)
     best: list[float] = field(default_factory=list)
     angles: dict[str, list[float]] = field(default_factory=dict)
@@ -294,29 +363,32 @@ class Outcome:
     failed: int = 0
 
 
-def outcomes_of(runs: list[Run], runs_folder: Path, accuracy: str, epochs: int) -> list[Outcome]:
-    """An outcome for each rule and settings, in the order of `runs`; `accuracy` is a column of metrics.csv."""
+def outcomes_of(runs: list[Run], folder: Path, args: Namespace) -> list[Outcome]:
+    """An outcome for each rule and settings, in the order of `runs`."""
     outcomes: dict[tuple[str, str], Outcome] = {}
     for run in runs:
         outcome = outcomes.setdefault((run.mode, run.recipe), Outcome(run.mode, run.recipe, run.settings, run.flags))
-        rows = metrics(runs_folder / run.name)
-        accuracies = [float(row[accuracy]) for row in rows]
+        rows = read_metrics(folder / run.name)
         outcome.runs += 1
-        outcome.failed += (runs_folder / run.name / "failed").exists()
-        if len(accuracies) == epochs:
+        outcome.failed += (folder / run.name / "failed").exists()
+        if len(rows) == args.epochs:
+            accuracies = [float(row[f"{split_of(rows)}_accuracy"]) for row in rows]
             outcome.last.append(accuracies[-1])
             outcome.best.append(max(accuracies))
+            outcome.losses.append(float(rows[-1]["train_loss"]))
+            if args.search:
+                outcome.scores.append(NETS[args.net].score(rows[-1]))
             for key in angle_titles(rows[-1]):
                 if rows[-1][key]:  # none of a signal or a gradient that is zero
                     outcome.angles.setdefault(key, []).append(float(rows[-1][key]))
     return list(outcomes.values())
 
 
-def table(outcomes: list[Outcome], split: str, epochs: int) -> str:
+def table(outcomes: list[Outcome], split: str, args: Namespace) -> str:
     """The markdown table, a line for each rule and settings, and below it what its figures are."""
     lines = [
-        "| rule | settings | last epoch, % | std | best epoch, % | std | n | failed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| rule | settings | last epoch, % | std | best epoch, % | std | training loss | n | failed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for outcome in outcomes:
         flags = " ".join(outcome.settings + outcome.flags)
@@ -325,12 +397,15 @@ def table(outcomes: list[Outcome], split: str, epochs: int) -> str:
         for values in (outcome.last, outcome.best):
             cells.append(f"{statistics.mean(values):.2f}" if values else "")
             cells.append(f"{statistics.stdev(values):.2f}" if len(values) > 1 else "")
+        cells.append(f"{statistics.mean(outcome.losses):.4g}" if outcome.losses else "")
         lines.append("| " + " | ".join([*cells, str(len(outcome.last)), str(outcome.failed)]) + " |")
+    common = [*NETS[args.net].flags, *(search_flags(args) if args.search else ())]
     lines += [
         "",
-        f"Accuracy on the {split} images after {epochs} epochs, batch {BATCH_SIZE} unless named: mean and standard",
-        f"deviation over n seeds. The best epoch is picked on the {split} images themselves, so it flatters: the last",
-        "is the result. failed: runs that ended early because their loss or weights were not finite.",
+        f"Accuracy on the {split} images after {count(args.epochs, 'epoch')}: mean and standard deviation over n",
+        f"seeds. The best epoch is picked on the {split} images themselves, so it flatters: the last is the result.",
+        "The training loss is the last epoch's mean. failed: runs whose loss or weights diverged.",
+        *([f"Every run: `{' '.join(common)}`, unless its settings say otherwise."] if common else []),
     ]
     whole = [outcome for outcome in outcomes if outcome.angles]
     if whole:
@@ -356,47 +431,39 @@ def where(configs: list[Path]) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-def best_outcomes(outcomes: list[Outcome]) -> dict[str, Outcome]:
-    """Of each rule, the one of best mean accuracy at the last epoch, among those whose runs are all whole.
+def best_outcomes(outcomes: list[Outcome], place: int = 0) -> dict[str, Outcome]:
+    """Of each rule, the outcome of best mean score at the last epoch, among those whose runs are all whole.
 
-    Of several that are as good, the last by its name.
+    `place` 1 is the second best. Of several that are as good, the last by its name comes first.
     """
-    whole = (outcome for outcome in outcomes if len(outcome.last) == outcome.runs)
-    ranked = sorted(whole, key=lambda outcome: (statistics.mean(outcome.last), outcome.recipe))
-    return {outcome.mode: outcome for outcome in ranked}
+    whole = (outcome for outcome in outcomes if len(outcome.scores) == outcome.runs)
+    ranked = sorted(whole, key=lambda outcome: (statistics.mean(outcome.scores), outcome.recipe), reverse=True)
+    by_mode: dict[str, list[Outcome]] = {}
+    for outcome in ranked:
+        by_mode.setdefault(outcome.mode, []).append(outcome)
+    return {mode: of_mode[place] for mode, of_mode in by_mode.items() if len(of_mode) > place}
 
 
-def plot(rows: list[Row], titles: dict[str, str], label: str, path: Path, height_px: int) -> None:
-    """Draw the columns `titles` per epoch, a panel each: a line per rule, its mean, and a band of a standard deviation.
+def compare(outcomes: list[Outcome], committed: Path) -> str:
+    """One line: how far each rule's mean accuracy after the last epoch is from the committed sweep's.
 
-    800 pixels wide, as a README shows it, and told apart without colour.
+    In standard deviations over the committed seeds, or in points where there is one seed.
     """
-    with plt.rc_context({"font.size": 9}):
-        figure, panels = plt.subplots(
-            1, len(titles), figsize=(8, height_px / 100), dpi=100, sharey=True, squeeze=False, layout="constrained"
-        )
-        for panel, (key, title) in zip(panels[0], titles.items(), strict=True):
-            for mode in dict.fromkeys(row["mode"] for row in rows):
-                by_epoch: dict[int, list[float]] = {}
-                for row in rows:
-                    if row["mode"] == mode and row.get(key):
-                        by_epoch.setdefault(int(row["epoch"]), []).append(float(row[key]))
-                epochs = sorted(by_epoch)
-                mean = np.array([statistics.mean(by_epoch[epoch]) for epoch in epochs])
-                std = np.array([np.std(by_epoch[epoch], ddof=len(by_epoch[epoch]) > 1) for epoch in epochs])
-                shade, line, marker = STYLES[RULES.index(mode) % len(STYLES)]
-                every = max(1, len(epochs) // 8)
-                panel.plot(epochs, mean, color=shade, linestyle=line, marker=marker, markevery=every, ms=4, label=mode)
-                panel.fill_between(epochs, mean - std, mean + std, color=shade, alpha=0.2, linewidth=0)
-            panel.set_title(title, fontsize=9)
-            panel.set_xlabel("epoch")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.grid(alpha=0.3)
-        panels[0][0].set_ylabel(label)
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=4)
-        figure.savefig(path)
-        plt.close(figure)
+    rows = read_metrics(committed)
+    parts, far = [], []
+    for outcome in outcomes:
+        of_mode = [row for row in rows if row["mode"] == outcome.mode]
+        last = max((int(row["epoch"]) for row in of_mode), default=0)
+        values = [float(row[f"{split_of(rows)}_accuracy"]) for row in of_mode if int(row["epoch"]) == last]
+        if not values or not outcome.last:
+            continue
+        difference, unit = statistics.mean(outcome.last) - statistics.mean(values), "points"
+        if len(values) > 1:
+            difference, unit = difference / statistics.stdev(values), "sd"
+            far += [outcome.mode] if abs(difference) > DEVIATIONS else []
+        parts.append(f"{outcome.mode} {difference:+.1f} {unit}")
+    beyond = f"beyond {DEVIATIONS} sd: {', '.join(far)}" if far else f"none beyond {DEVIATIONS} sd"
+    return f"against the committed {committed.name}: {', '.join(parts)}; {beyond}"
 
 
 def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
@@ -406,27 +473,30 @@ def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
         ValueError: the recipe cannot be read.
     """
     if args.search:
-        return [run for mode in args.modes for run in search_runs(mode, args.seeds, flags, folder, args.epochs)]
-    name, recipe = args.recipe, dict.fromkeys(args.modes, ("--recipe", "best") if args.recipe == "best" else ())
+        return [run for mode in args.modes for run in search_runs(mode, folder, args, flags)]
+    recipe: dict[str, Sequence[str]] = dict.fromkeys(args.modes, ())
     if args.recipe not in ("original", "best"):
-        name, recipe = "best", read_recipe(Path(args.recipe), args.modes)
+        recipe = read_recipe(Path(args.recipe), args.modes)
+    name = "original" if args.recipe == "original" else "best"
     return [Run(mode, seed, name, tuple(recipe[mode]), tuple(flags)) for seed in args.seeds for mode in args.modes]
 
 
-def remembered(results: Path, runs: list[Run], args: Namespace) -> list[Run]:
-    """All runs of the sweep in `results`: those of earlier command lines, kept in its sweep.json, and `runs`.
+def remembered(folder: Path, runs: list[Run], args: Namespace) -> list[Run]:
+    """All runs of the sweep in `folder`: those of earlier command lines, kept in its sweep.json, and `runs`.
 
     Raises:
-        ValueError: the folder's sweep has other epochs or held-out images, or other flags for one of `runs`; or it is
-            a search by other seeds.
+        ValueError: sweep.json has another layout; the folder's sweep has another net or other epochs, or other flags
+            for one of `runs`; or it is a search, or a search by other seeds.
     """
-    path = results / "sweep.json"
-    common = {"epochs": args.epochs, "validation": args.validation, "seeds": args.seeds if args.search else None}
+    path = folder / "sweep.json"
+    common = {"version": VERSION, "net": args.net, "epochs": args.epochs, "search": args.search and args.seeds}
     kept = json.loads(path.read_text()) if path.exists() else common | {"runs": []}
+    if kept.get("version") != VERSION:
+        raise ValueError(f"{path} is of layout {kept.get('version')}, expected {VERSION}: name another --name")
     kept_runs = [Run(**{k: tuple(v) if isinstance(v, list) else v for k, v in run.items()}) for run in kept["runs"]]
     known = {run.name: run for run in kept_runs}
     if common | {"runs": kept["runs"]} != kept or any(known.get(run.name, run) != run for run in runs):
-        raise ValueError(f"{results} has a sweep with other settings (see {path.name}): name another --name")
+        raise ValueError(f"{folder} has a sweep with other settings (see {path.name}): name another --name")
     known |= {run.name: run for run in runs}
     everything = sorted(known.values(), key=lambda run: (RULES.index(run.mode), run.recipe, run.seed))
     path.write_text(json.dumps(common | {"runs": [asdict(run) for run in everything]}, indent=2) + "\n")
@@ -437,59 +507,61 @@ def main(argv: list[str] | None = None) -> int:
     """Run the sweep that the command line asks for; return 0, or 1 where there is nothing to show or recommend."""
     parser = make_parser()
     args, flags = parser.parse_known_args(argv)
+    net = NETS[args.net]
     args.modes = list(dict.fromkeys(args.modes))
     args.seeds = list(dict.fromkeys(args.seeds or ([1] if args.search else [1, 2, 3])))
-    args.epochs = args.epochs or (3 if args.search else 50)
-    args.validation = HELD_OUT if args.search else None
+    args.epochs = args.epochs or net.epochs[args.search]
     for flag in flags:
         if flag.partition("=")[0] in OF_THE_SWEEP:
-            parser.error(f"{flag} is for the sweep itself to give to main.py")
+            parser.error(f"{flag} is for the sweep itself to give to {net.script.make_parser().prog}")
     if args.search:
-        for flag in {flag for mode in args.modes for stage in stages(mode) for changes in stage for flag in changes}:
+        for flag in {
+            flag for mode in args.modes for stage in net.stages(mode) for changes in stage for flag in changes
+        }:
             if any(given.partition("=")[0] == flag for given in flags):
                 parser.error(f"{flag} is what a search tries")
-    if args.search and args.recipe != "original":
-        parser.error("--recipe does not go with --search: a search finds one")
+        if args.recipe != "best":
+            parser.error("--recipe does not go with --search: a search finds one")
+    kind = "search" if args.search else "original" if args.recipe == "original" else "best"
+    args.name = args.name or f"{net.dataset}-{kind}-{count(args.epochs, 'epoch').replace(' ', '-')}"
     with tempfile.TemporaryDirectory() if args.quick else nullcontext() as scratch:
-        runs_folder, results_folder = RUNS, RESULTS
+        folder = RUNS / args.name
         if scratch is not None:
-            args.data = Path(scratch)
-            runs_folder, results_folder = args.data / "runs", args.data / "results"
-            np.savez(args.data / "cifar10.npz", **synthetic_images(10, 64, 32))
-            args.seeds, args.epochs, args.validation = args.seeds[:2], 2, args.validation and 16
-        kind = "search" if args.search else "original" if args.recipe == "original" else "best"
-        name = args.name or f"cifar10-{kind}-{args.epochs}-epochs"
-        runs_folder, results = runs_folder / name, results_folder / name
-        in_all = sum(len(stage) for mode in args.modes for stage in stages(mode)) * len(args.seeds)
+            args.data, folder = Path(scratch), Path(scratch) / "runs" / args.name
+            np.savez(args.data / f"{net.dataset}.npz", **synthetic_images(net.classes, 64, 32))
+            args.seeds, args.epochs = args.seeds[:2], 2
+        in_all = sum(len(stage) for mode in args.modes for stage in net.stages(mode)) * len(args.seeds)
         runs: list[Run] = []
         while not runs or args.search:
             before = runs
             try:
-                runs = make_runs(args, flags, runs_folder)
-                results.mkdir(parents=True, exist_ok=True)
-                with locked(runs_folder, wait=True):
-                    remembered(results, runs, args)
+                runs = make_runs(args, flags, folder)
+                with locked(folder, wait=True):
+                    remembered(folder, runs, args)
             except (ValueError, OSError) as error:
                 parser.error(str(error))
             if runs == before:  # the runs that are over tell no more of a search
                 break
-            sweep(runs, in_all - len(runs) if args.search else 0, runs_folder, results, args)
-        return report(runs, in_all, runs_folder, results, args)
+            sweep(runs, in_all - len(runs) if args.search else 0, folder, args)
+        return report(runs, in_all, folder, args)
 
 
-def report(runs: list[Run], in_all: int, runs_folder: Path, results: Path, args: Namespace) -> int:
-    """Print what came of it, and what is missing; return the exit status."""
-    if not (results / "table.md").exists():
+def report(runs: list[Run], in_all: int, folder: Path, args: Namespace) -> int:
+    """Print what came of it, what is missing, and how it compares; return the exit status."""
+    if not (folder / "table.md").exists():
         print("no epoch is done", file=sys.stderr)
         return 1
-    print((results / "table.md").read_text(), end="")
-    print(f"see {', '.join(sorted(file.name for file in results.iterdir()))} in {results}")
-    others = [run.name for run in runs if not is_over(runs_folder / run.name, args.epochs)]
+    print((folder / "table.md").read_text(), end="")
+    if not args.quick:
+        print(f"see {', '.join(sorted(file.name for file in folder.iterdir() if file.suffix))} in {folder}")
+    others = [run.name for run in runs if not is_over(folder / run.name, args.epochs)]
     if others:
         print(f"not over: another process is at {', '.join(others)}")
     elif args.search and len(runs) < in_all:
         print("the search ends early: of some rule, no setting came to its end", file=sys.stderr)
         return 1
+    if (COMMITTED / args.name / "metrics.csv").exists() and not args.search:
+        print(compare(outcomes_of(runs, folder, args), COMMITTED / args.name))
     return 0
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.raw import write_raw
 from training.arguments import positive_int
 from training.data import checked_set
 from training.images import cifar_source
@@ -82,6 +83,8 @@ def main() -> None:
         print(f"| {name} | {statistics.median(values):.0f} | {min(values):.0f} | {max(values):.0f} |")
     ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
     print(f"ratio, round by round: median {statistics.median(ratios):.1f}, least {min(ratios):.1f}")
+    if not args.quick:
+        write_raw("crop_speed", device, [{"pipeline": name, "images_per_s": values} for name, values in speeds.items()])
 
 
 if __name__ == "__main__":

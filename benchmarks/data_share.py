@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.raw import write_raw
 from feedback import DirectFeedback
 from models import ConvNet
 from training.arguments import positive_int
@@ -58,11 +59,15 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{hardware(torch.device('cpu'))}, torch {torch.__version__}")
     print("| batch | data, ms | rest of the step, ms | data's share |\n|---|---|---|---|")
+    rows = []
     for batch_size in (50, 64, 512):
         data_s, step_s = measure(batch_size, 5 if args.quick else args.steps)
+        rows.append({"batch": batch_size, "data_s": data_s, "step_s": step_s})
         share = sum(data_s) / (sum(data_s) + sum(step_s))
         data_ms, step_ms = 1e3 * statistics.median(data_s), 1e3 * statistics.median(step_s)
         print(f"| {batch_size} | {data_ms:.2f} | {step_ms:.2f} | {100 * share:.1f} % |")
+    if not args.quick:
+        write_raw("data_share", torch.device("cpu"), rows)
 
 
 if __name__ == "__main__":

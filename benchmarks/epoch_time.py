@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as script
+from benchmarks.raw import write_raw
 from models import ConvNet
 from training.arguments import positive_int
 from training.data import ImageSet, load_images
@@ -76,7 +77,19 @@ def usual_epoch(train: Dataset, test: Dataset) -> None:
 
 def of_main(flags: list[str], dataset: str, folder: str, quick: bool) -> None:
     """An epoch of main.py in this process."""
-    common = ["--no-cuda", "--dataset", dataset, "--data", folder, "--batch-size", str(BATCH), "--epochs", "1"]
+    common = [
+        "--no-cuda",
+        "--recipe",
+        "original",
+        "--dataset",
+        dataset,
+        "--data",
+        folder,
+        "--batch-size",
+        str(BATCH),
+        "--epochs",
+        "1",
+    ]
     with tempfile.TemporaryDirectory() as out:
         if script.main([*common, *flags, "--out", out, *(["--dry-run"] if quick else [])]) != 0:
             raise RuntimeError(f"main.py {' '.join(flags)} failed")
@@ -119,6 +132,9 @@ def main() -> None:
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, seconds["the usual way"], strict=True))
         print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} | {ratio:.2f} |")
+    if not args.quick:
+        rows = [{"way": name, "seconds": values} for name, values in seconds.items()]
+        write_raw("epoch_time", torch.device("cpu"), rows)
 
 
 if __name__ == "__main__":

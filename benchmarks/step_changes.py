@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.raw import write_raw
 from benchmarks.step_time import WARM_UP, Cell, Step, make_step, quartiles, seconds
 from feedback import DirectFeedback, direct_feedback, functional
 from training.arguments import positive_int
@@ -103,6 +104,10 @@ def main() -> None:
         base = times[(*key[:2], "as it is")]
         low, median, high = quartiles([a / b for a, b in zip(values, base, strict=True)])
         print(f"| {' | '.join(key)} | {1e3 * quartiles(values)[1]:.1f} | {median:.3f} ({low:.3f}-{high:.3f}) |")
+    if not args.quick:
+        names = ("memory_format", "variant", "step")
+        rows = [dict(zip(names, key, strict=True)) | {"seconds": values} for key, values in times.items()]
+        write_raw(f"step_changes_{memory.replace(' ', '_')}", DEVICE, rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.raw import write_raw
 from benchmarks.step_time import VARIANTS, WARM_UP, Cell, make_step
 from training.arguments import positive_int
 from training.memory import reuse_memory
@@ -54,6 +55,7 @@ def main() -> None:
     rounds = 1 if args.quick else args.rounds
     reuse_memory()
     print(f"{hardware(DEVICE)}, torch {torch.__version__}, {rounds} rounds")
+    raw = []
     for memory_format in ("contiguous", "channels_last"):
         times = operator_times(memory_format, rounds)
         names = sorted(set().union(*times.values()), key=lambda name: -max(t.get(name, 0) for t in times.values()))
@@ -61,6 +63,9 @@ def main() -> None:
         for name in names[:SHOWN]:
             print(f"| {name} | {' | '.join(f'{times[variant].get(name, 0):.2f}' for variant in VARIANTS)} |")
         print(f"| all | {' | '.join(f'{sum(times[variant].values()):.2f}' for variant in VARIANTS)} |")
+        raw += [{"memory_format": memory_format, "variant": variant, "ms": times[variant]} for variant in VARIANTS]
+    if not args.quick:
+        write_raw("step_profile", DEVICE, raw)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ where its backward pass may run beside those of others; BP, whose blocks wait fo
 import argparse
 import functools
 import itertools
-import json
 import random
 import statistics
 import sys
@@ -32,13 +31,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.raw import MEASURED, write_raw
 from feedback import DirectFeedback
 from models import AlexNet, ConvNet
 from training.arguments import positive_int
 from training.memory import reuse_memory
-from training.run import git_revision, hardware
+from training.run import hardware
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP = 3  # untimed steps of each variant
 VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or None where there is no wrapper
     "BP": None,
@@ -311,7 +310,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--streams", action="store_true", help="CUDA: also with each block on a stream of its own")
     parser.add_argument("--rounds", type=positive_int, default=60, help="timed steps of each variant (default: 60)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where JSON and PNG go")
+    parser.add_argument(
+        "--out", type=Path, default=MEASURED, metavar="DIR", help="of JSON and PNG (default: runs/benchmarks)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one tiny net, three rounds, no files: to see that it runs"
     )
@@ -336,9 +337,7 @@ def main() -> None:
     title = f"{hardware(device)}, torch {torch.__version__}, {rounds} rounds"
     print(f"{title}\n{table(rows)}")
     if not args.quick:
-        args.out.mkdir(parents=True, exist_ok=True)
-        result = {"title": title, "git": git_revision(), "rows": rows}
-        (args.out / f"step_time_{device.type}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_raw(f"step_time_{device.type}", device, rows, args.out)
         chart(rows, title, args.out / f"step_time_{device.type}.png")
 
 

@@ -189,6 +189,8 @@ class DirectFeedback(nn.Module):
         if self.rule in LAYERWISE:
             return self.tapped_forward(x, cut=True)[0]
         if self.rule == "LAS":
+            if target is None:
+                raise ValueError("LAS learns B from the labels: call net(x, target=y) in training, with y (N,) int64")
             check_target(target, len(x))
         zeros: list[Tensor] = []
         target = target if self.rule == "LAS" else None

@@ -51,7 +51,7 @@ def train(net, train_net, rank, world, steps, folder):
     job = Job(
         net=net,
         train_net=train_net,
-        optimizers=[torch.optim.SGD(learned, 0.1, momentum=0.9, weight_decay=0.01)],
+        optimizers=[torch.optim.SGD(learned, 0.02, momentum=0.9, weight_decay=0.01)],
         set_learning_rates=lambda epoch, step: {},
         train_batches=batches,
         test_batches=lambda: iter(()),
@@ -60,6 +60,7 @@ def train(net, train_net, rank, world, steps, folder):
         steps=steps,
         epochs=1,
         folder=folder,
+        classes=["a", "b", "c"],
         settings={},
         data="",
         model_name="",

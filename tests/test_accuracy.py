@@ -3,28 +3,37 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import struct
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import main
 from feedback import RULES
+from training.synthetic import synthetic_images
 
 
 @pytest.fixture
 def sweep(accuracy, data_folder, tmp_path, monkeypatch):
-    """Run the sweep on 40 images, two epochs, with its folders under tmp_path; return the folder of its results."""
+    """Run the sweep on 40 images, two epochs, with its folder under tmp_path; return the folder of its results."""
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(accuracy, "HELD_OUT", 16)
-    stages = accuracy.stages
-    monkeypatch.setattr(accuracy, "stages", lambda mode: [stage[:2] for stage in stages(mode)[:3]])
+    monkeypatch.setattr(accuracy, "COMMITTED", tmp_path / "committed")
+    net = accuracy.NETS["convnet"]
+    few = replace(
+        net,
+        search_flags=("--validation", "16"),
+        stages=lambda mode: [stage[:2] for stage in net.stages(mode)[:3]],
+    )
+    monkeypatch.setitem(accuracy.NETS, "convnet", few)
 
     def run(*flags, name="it", status=0):
-        argv = ["--data", data_folder, "--epochs", 2, "--name", name, "--no-cuda", *flags]
+        recipe = () if {"--recipe", "--search"} & set(flags) else ("--recipe", "original")
+        argv = ["--data", data_folder, "--epochs", 2, "--name", name, "--no-cuda", *recipe, *flags]
         assert accuracy.main([str(flag) for flag in argv]) == status
-        return tmp_path / "results" / name
+        return tmp_path / "runs" / name
 
     return run
 
@@ -39,7 +48,7 @@ def trained(accuracy, monkeypatch):
         calls.append((flag, argv[argv.index(flag) + 1].rpartition("/")[2]))
         return script(argv)
 
-    monkeypatch.setattr(accuracy.script, "main", note)
+    monkeypatch.setattr(main, "main", note)
     return calls
 
 
@@ -72,7 +81,8 @@ def test_a_sweep_writes_a_csv_a_table_and_plots_and_repeats_nothing(sweep, train
     cells = [cell.strip() for cell in line.split("|")[3:-1]]
     std = abs(last[0] - last[1]) / 2**0.5, abs(best[0] - best[1]) / 2**0.5
     figures = [sum(last) / 2, std[0], sum(best) / 2, std[1]]
-    assert cells == [*(f"{figure:.2f}" for figure in figures), "2", "0"]
+    losses = [float(row["train_loss"]) for row in found if (row["mode"], row["epoch"]) == ("DKP", "2")]
+    assert cells == [*(f"{figure:.2f}" for figure in figures), f"{sum(losses) / 2:.4g}", "2", "0"]
     (heads,) = (line.split(" | ") for line in lines if "| signal conv1 |" in line)
     for column, head in (
         ("alignment_deg_conv2", "signal conv2"),
@@ -137,7 +147,7 @@ def test_a_run_that_blows_up_is_counted_and_not_tried_again(sweep, trained):
         sweep(*flags)
     assert len(trained) == 2
     assert (
-        "| BP | original `--no-cuda --lr 1000000.0 --wd 1000000.0` |  |  |  |  | 0 | 1 |"
+        "| BP | original `--no-cuda --lr 1000000.0 --wd 1000000.0` |  |  |  |  |  | 0 | 1 |"
         in (results / "table.md").read_text()
     )
 
@@ -158,7 +168,7 @@ def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(
         assert recipe[mode][:2] == ["--batch-size", "50"]
         assert (best, " ".join(recipe[mode][2:])) in accuracies.values()
         tried = []
-        for stage in accuracy.stages(mode):  # each on the best settings of the stages before
+        for stage in accuracy.NETS["convnet"].stages(mode):  # each on the best settings of the stages before
             base = max(tried, key=lambda name: (accuracies[name][0], name), default=None)
             before = settings_of(accuracies[base][1]) if base else {}
             for changes in stage:
@@ -173,7 +183,7 @@ def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(
 def test_a_search_goes_no_further_than_a_run_of_another_process(accuracy, sweep, trained, tmp_path, capsys):
     with accuracy.locked(tmp_path / "runs" / "it" / "BP-schedule-one-cycle-lr-0.002-seed1"):
         sweep("--search", "--modes", "BP")
-        assert len(trained) == len(accuracy.stages("BP")[0]) - 1
+        assert len(trained) == len(accuracy.NETS["convnet"].stages("BP")[0]) - 1
         assert "not over: another process is at BP-schedule-one-cycle-lr-0.002-seed1" in capsys.readouterr().out
     sweep("--search", "--modes", "BP")
     assert len(trained) == 5
@@ -184,7 +194,7 @@ def test_a_setting_that_blows_up_is_not_chosen_and_where_all_do_the_search_says_
 ):
     bad, good = {"--lr": "1e6", "--wd": "1e6"}, {"--lr": "0.001"}
     stages = {"BP": [[bad, good], [{"--wd": "1e-4"}]], "FA": [[bad], [good]]}
-    monkeypatch.setattr(accuracy, "stages", stages.get)
+    monkeypatch.setitem(accuracy.NETS, "convnet", replace(accuracy.NETS["convnet"], stages=stages.get))
     results = sweep("--search", "--modes", "BP", "FA", status=1)
     assert len(trained) == 4 and "ends early: of some rule, no setting came to its end" in capsys.readouterr().err
     recipe = json.loads((results / "recipe.json").read_text())
@@ -199,12 +209,65 @@ def test_a_signal_of_zeros_has_no_angle_in_the_table(sweep):
     )
 
 
-def test_a_search_has_as_many_runs_for_every_rule_and_main_takes_them_all(accuracy):
+@pytest.mark.parametrize(("net", "runs"), [("convnet", 10), ("alexnet", 8)])
+def test_a_search_has_as_many_runs_for_every_rule_and_its_script_takes_them_all(accuracy, net, runs):
+    net = accuracy.NETS[net]
     for mode in RULES:
-        changes = [change for stage in accuracy.stages(mode) for change in stage]
-        assert len(changes) == 10
+        changes = [change for stage in net.stages(mode) for change in stage]
+        assert len(changes) == runs
         for change in changes:
-            main.parse_arguments(["--train-mode", mode, *accuracy.words(change)])
+            net.script.parse_arguments(["--train-mode", mode, *accuracy.words(change)])
+
+
+def test_a_reproduction_is_compared_with_what_is_committed_in_one_line(accuracy, sweep, tmp_path, capsys):
+    flags = ("--modes", "BP", "DKP", "--seeds", 1, 2)
+    first = sweep(*flags, name="first")
+    assert "against the committed" not in capsys.readouterr().out
+    shutil.copytree(first, tmp_path / "committed" / "again")
+    sweep(*flags, name="again")
+    line = capsys.readouterr().out.splitlines()[-1]
+    last = {
+        mode: [float(r["test_accuracy"]) for r in rows(first) if (r["mode"], r["epoch"]) == (mode, "2")]
+        for mode in ("BP", "DKP")
+    }
+    assert line == "against the committed again: BP +0.0 sd, DKP +0.0 sd; none beyond 2 sd"
+    other = tmp_path / "committed" / "again" / "metrics.csv"
+    spread = 50 - last["BP"][0], 60 - last["BP"][1]
+    with open(other, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows(first)[0])
+        writer.writeheader()
+        for row in rows(first):
+            if (row["mode"], row["epoch"]) == ("BP", "2"):
+                row["test_accuracy"] = 50 if row["seed"] == "1" else 60
+            writer.writerow(row)
+    sweep(*flags, name="again")
+    line = capsys.readouterr().out.splitlines()[-1]
+    deviations = -sum(spread) / 2 / 50**0.5
+    assert line == f"against the committed again: BP {deviations:+.1f} sd, DKP +0.0 sd; beyond 2 sd: BP"
+
+
+def test_a_sweep_of_another_layout_is_refused(sweep, tmp_path, capsys):
+    sweep("--modes", "BP", "--seeds", 1)
+    kept = tmp_path / "runs" / "it" / "sweep.json"
+    for version in ({"version": 1}, {}):
+        kept.write_text(json.dumps(version | {"epochs": 2, "runs": [{"mode": "BP"}]}))
+        with pytest.raises(SystemExit) as exit_:
+            sweep("--modes", "BP", "--seeds", 1)
+        assert exit_.value.code == 2 and f"is of layout {version.get('version')}, expected" in capsys.readouterr().err
+
+
+def test_alexnet_is_searched_by_its_training_loss(accuracy, monkeypatch, tmp_path, capsys):
+    np.savez(tmp_path / "cifar100.npz", **{k: v.numpy() for k, v in synthetic_images(100, 24, 8).items()})
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
+    stages = lambda mode: [[{"--lr": "0.001"}, {"--lr": "0.002"}]]  # noqa: E731
+    monkeypatch.setitem(accuracy.NETS, "alexnet", replace(accuracy.NETS["alexnet"], stages=stages))
+    flags = ("--net", "alexnet", "--search", "--modes", "BP", "--image-size", "64", "-b", "8", "--limit-batches", "2")
+    assert accuracy.main(["--data", str(tmp_path), *flags]) == 0
+    found = tmp_path / "runs" / "cifar100-search-1-epoch"
+    losses = {row["recipe"]: float(row["train_loss"]) for row in rows(found)}
+    best, second = sorted(losses, key=losses.get)
+    for name, recipe in (("recipe.json", best), ("runner-up.json", second)):
+        assert json.loads((found / name).read_text()) == {"BP": ["--lr", recipe.removeprefix("lr-")]}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +297,5 @@ def test_mistakes_are_one_line(sweep, tmp_path, capsys, flags, message):
 
 def test_quick_leaves_nothing_behind(accuracy, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
     assert accuracy.main(["--quick", "--modes", "BP", "--data", "nowhere"]) == 0
-    assert "| BP | original |" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "| BP | best |" in capsys.readouterr().out and not list(tmp_path.iterdir())

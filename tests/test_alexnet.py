@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_originals_command_line_parses(alexnet):
     line = "-a alexnet --dist-url tcp://127.0.0.1:8080 --dist-backend gloo --multiprocessing-distributed --world-size 1"
     args = alexnet.parse_arguments(
-        [*line.split(), "--rank", "0", "DATA", "--dataset", "cifar100", "--train-mode", "DFA"]
+        [*line.split(), "--rank", "0", "DATA", "--dataset", "cifar100", "--train-mode", "DFA", "--recipe", "original"]
     )
     assert (args.data, args.epochs, args.batch_size, args.lr, args.momentum, args.wd) == (
         "DATA",
@@ -37,9 +37,10 @@ def test_the_originals_command_line_parses(alexnet):
         0.9,
         1e-4,
     )
-    args = alexnet.parse_arguments([])
+    args = alexnet.parse_arguments(["--recipe", "original"])
     assert (args.data, args.train_mode, args.b_lr, args.b_wd, args.gamma) == ("data", "DKP", 0.01, 1e-4, 1.0)
-    assert args.b_scale == 0 and alexnet.parse_arguments(["--train-mode", "DFA"]).b_scale == 1
+    dfa = alexnet.parse_arguments(["--train-mode", "DFA", "--recipe", "original"])
+    assert (args.b_scale, dfa.b_scale, dfa.recipe) == (0, 1, "original")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,9 @@ def test_the_originals_command_line_parses(alexnet):
         ("--start-epoch 90", "expected less than --epochs 90"),
         ("--pretrained", "unrecognized"),
         ("--train-mode BP --gamma 0.5", "needs --train-mode DKP or LAS, got BP"),
-        ("--resume nowhere", "cannot read checkpoint"),
+        ("--resume nowhere", "there is no nowhere"),
+        ("--mode DFA", "did you mean --train-mode?"),
+        ("--save-mode", "did you mean --save-model?"),
     ],
 )
 def test_bad_command_lines_are_refused(alexnet, capsys, monkeypatch, line, message):
@@ -139,7 +142,7 @@ def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
     make = lambda: images.folder_source(tmp_path, 64, 4, 1, 2, 0, torch.device("cpu"))  # noqa: E731
     source = make()
-    assert (source.num_classes, source.train_images, source.probe[0].shape) == (2, 12, (2, 3, 64, 64))
+    assert (source.classes, source.train_images, source.probe[0].shape) == (["cat", "dog"], 12, (2, 3, 64, 64))
     whole = list(source.train_batches(1, 0))
     assert [n for _, _, n in whole] == [4, 4, 4] and whole[0][0].shape == (4, 3, 64, 64)
     assert -1 <= whole[0][0].min() < whole[0][0].max() <= 1

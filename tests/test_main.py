@@ -4,17 +4,21 @@ import csv
 import json
 import math
 import signal
+from argparse import Namespace
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import main
 from feedback import RULES
-from training import data
-from training.checkpoint import CONTENT, load_checkpoint, save_checkpoint
+from training import arguments, data, loop, plot
+from training.checkpoint import CONTENT, TRAINED, load_checkpoint, save_checkpoint
+from training.loop import DIVERGED
 
 MODES = {
     "BP": ["--train-mode", "BP"],
@@ -32,10 +36,14 @@ each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 @pytest.fixture
 def run(data_folder, tmp_path):
-    """Run main.py on 40 images in batches of 12, in folder `out` of tmp_path unless it resumes."""
+    """Run main.py on 40 images in batches of 12, in folder `out` of tmp_path unless it resumes.
+
+    By the original's settings, unless `flags` say otherwise.
+    """
 
     def run_main(*flags, out="run"):
-        where = () if "--resume" in flags else ("--data", data_folder, "--batch-size", 12, "--out", tmp_path / out)
+        new = ("--data", data_folder, "--batch-size", 12, "--recipe", "original", "--out", tmp_path / out)
+        where = () if "--resume" in flags else new
         return main.main([str(flag) for flag in ("--no-cuda", *where, *flags)])
 
     return run_main
@@ -195,18 +203,130 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run, mode, tmp_path, 
     before = checkpoint(tmp_path / "run")
     monkeypatch.setattr(main, "batches", batches_with_a_nan)
     monkeypatch.setattr(main, "fit", fit_and_keep)
-    assert run("--resume", tmp_path / "run", "--epochs", 2) == 1
-    assert "the loss is nan at epoch 2, step 1: stopped before the update" in capsys.readouterr().err
+    assert run("--resume", tmp_path / "run", "--epochs", 2) == DIVERGED
+    error = capsys.readouterr().err
+    assert "the loss is nan at epoch 2, step 1: stopped before the update" in error and "a lower --lr" in error
     assert_same(before, checkpoint(tmp_path / "run"))
     for name, parameter in jobs[0].net.named_parameters():
         assert torch.equal(parameter, before["net"][name])
 
 
 def test_weights_that_blew_up_are_not_saved(run, tmp_path, capsys):
-    assert run("--lr", 1e6, "--wd", 1e6, "--epochs", 1, "--batch-size", 40) == 1
+    assert run("--lr", 1e6, "--wd", 1e6, "--epochs", 1, "--batch-size", 40) == DIVERGED
     assert "not finite after epoch 1" in capsys.readouterr().err
     saved = checkpoint(tmp_path / "run")
     assert saved["epoch"] == 0 and all(value.isfinite().all() for value in saved["net"].values())
+
+
+@each_mode
+def test_a_run_that_diverges_is_stopped_by_every_rule_and_keeps_its_last_good_state(run, mode, tmp_path, capsys):
+    """With a learning rate of 1 and no norm in fc1 no rule trains; every loss stays finite."""
+    assert run(*mode, "--epochs", 1, "--batch-size", 8) == 0
+    good = checkpoint(tmp_path / "run")
+    flags = ("--epochs", 30, "--lr", 1, *(("--b-lr", 1) if "DKP" in mode or "LAS" in mode else ()))
+    assert run("--resume", tmp_path / "run", *flags) == DIVERGED
+    error = capsys.readouterr().err
+    assert "diverged at epoch 2, step " in error and "guessing has 2.30" in error
+    assert f"last good state is in {tmp_path / 'run'}: try --recipe best, or a lower --lr" in error
+    kept = checkpoint(tmp_path / "run")
+    assert kept["epoch"] == 1 and all(torch.equal(value, kept["net"][name]) for name, value in good["net"].items())
+
+
+def test_divergence_is_a_mean_of_twenty_steps_or_of_the_steps_there_are_at_the_end():
+    job = Namespace(recent=deque([22.9] * 19, maxlen=20), classes=["?"] * 10, epoch=0, tally={"step": 20})
+    loop.check_convergence(job, 20)  # 10 ln 10 = 23.03
+    job.recent.append(22.9)
+    loop.check_convergence(job, 20)
+    job.recent.append(30)
+    with pytest.raises(loop.DivergedError, match="diverged at epoch 1, step 20: the mean loss of the last 20 steps"):
+        loop.check_convergence(job, 20)
+    job.recent = deque([24.0] * 3, maxlen=20)
+    loop.check_convergence(job, 20)
+    with pytest.raises(loop.DivergedError, match="the last 3 steps is 24,"):
+        loop.check_convergence(job, 1)
+
+
+# --- what a user of a trained net needs
+
+
+def test_a_finished_run_is_evaluated_saved_and_completed(run, tmp_path, capsys):
+    run("--epochs", 1)
+    folder = tmp_path / "run"
+    (row,) = metrics(folder)
+    before = checkpoint(folder)
+    (folder / "metrics.csv").unlink()
+    capsys.readouterr()
+    for path in (folder, folder / "checkpoint.pt"):
+        assert run("--evaluate", "--resume", path) == 0
+        output = capsys.readouterr().out
+        accuracy, top5, loss = (float(row[f"test_{key}"]) for key in ("accuracy", "top5_accuracy", "loss"))
+        assert output == f"test accuracy {accuracy:.2f} % top-1, {top5:.2f} % top-5; loss {loss:.4f}\n"
+    assert not (folder / "metrics.csv").exists()
+    assert run("--resume", folder, "--save-model") == 0
+    assert "after 1 epoch;" in capsys.readouterr().out and metrics(folder) == [row]
+    assert_same(before, checkpoint(folder))
+    model = main.ConvNet()
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    assert_refused(capsys, lambda: run("--evaluate"), "--evaluate needs --resume: the trained net")
+
+
+def test_classify_says_what_the_net_sees(run, tmp_path, data_folder, capsys):
+    run("--epochs", 1, "--train-mode", "BP", "--save-model")
+    model = main.ConvNet()
+    model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
+    images = data.load_images("cifar10", data_folder)
+    paths = [tmp_path / name for name in ("small.png", "large.png")]
+    first = Image.fromarray(images.x_test[0].permute(1, 2, 0).numpy())
+    first.save(paths[0])
+    wide = first.resize((128, 128), Image.Resampling.NEAREST)
+    canvas = Image.new("RGB", (256, 128))
+    canvas.paste(wide, (64, 0))  # the centre is cut out, and shrunk to 32x32
+    canvas.save(paths[1])
+    capsys.readouterr()
+    assert run("--resume", tmp_path / "run", "--classify", *paths) == 0
+    lines = capsys.readouterr().out.splitlines()
+    with torch.no_grad():
+        share = model.eval()((images.x_test[:1] / 255 - 0.5) / 0.5).softmax(1)[0]
+    best = share.argsort(descending=True)[:3].tolist()
+    seen = ", ".join(f"{images.classes[k]} {100 * share[k]:.1f} %" for k in best)
+    assert lines[0] == f"{paths[0]}: {seen}"
+    assert lines[1].startswith(f"{paths[1]}: ") and len(lines) == 2
+    (tmp_path / "text.png").write_text("no image")
+    classify = lambda path: run("--resume", tmp_path / "run", "--classify", path)  # noqa: E731
+    assert_refused(capsys, lambda: classify(tmp_path / "text.png"), "text.png cannot be read as an image")
+    assert_refused(capsys, lambda: classify(tmp_path / "none.png"), "none.png")
+    assert_refused(capsys, lambda: run("--classify", paths[0]), "--classify needs --resume")
+
+
+def test_curves_are_drawn_of_one_run_and_of_several(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for mode in ("BP", "DKP"):
+        run("--train-mode", mode, "--epochs", 2, out=mode)
+    assert plot.main([str(tmp_path / "DKP")]) == 0 and plot.main([str(tmp_path / "BP"), str(tmp_path / "DKP")]) == 0
+    assert "see curves.png" in capsys.readouterr().out
+    for path in (tmp_path / "DKP" / "curves.png", tmp_path / "curves.png"):
+        with Image.open(path) as image:
+            assert image.size == (960, 1080)  # three panels a row: loss and accuracies, three signals, four gradients
+    with pytest.raises(SystemExit) as exit_:
+        plot.main([str(tmp_path / "nowhere")])
+    assert exit_.value.code == 2 and "nowhere has no metrics.csv with an epoch in it" in capsys.readouterr().err
+
+
+def test_a_rule_is_named_in_any_case_and_a_close_miss_is_suggested(run, capsys):
+    assert main.parse_arguments(["--train-mode", "dkp"])[0].train_mode == "DKP"
+    assert_refused(capsys, lambda: run("--mode", "DKP"), "did you mean --train-mode?")
+    assert_refused(capsys, lambda: run("--epoch", 3), "did you mean --epochs?")
+
+
+def test_batch_norm_in_fc1_never_trains_on_a_single_image(run, tmp_path, capsys):
+    assert_refused(capsys, lambda: run("--fc-norm", "--batch-size", 1), "--batch-size: got 1, expected 2 or more")
+    assert run("--batch-size", 1, "--epochs", 1, out="without") == 0
+    assert run("--fc-norm", "--batch-size", 13, "--epochs", 1) == 0  # 40 images: a last batch of one
+    assert checkpoint(tmp_path / "run")["optimizers"][1]["state"][0]["step"] == 3
+    run("--batch-size", 13, "--epochs", 1, out="all")
+    assert checkpoint(tmp_path / "all")["optimizers"][1]["state"][0]["step"] == 4
+    flags = ("--fc-norm", "--batch-size", 13, "--validation", 39)
+    assert_refused(capsys, lambda: run(*flags, out="one"), "1 training image, expected 2 or more for --fc-norm")
 
 
 # --- what the numbers are
@@ -299,20 +419,30 @@ def test_fc_norm_is_a_batch_norm_in_fc1(run, tmp_path):
 
 def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps({"DKP": ["--lr", "0.125", "--b-lr", "0.5", "--fc-norm"], "BP": ["--lr", "0.25"]}))
-    monkeypatch.setattr(main, "BEST_RECIPE", recipe)
+    of_rules = {"DKP": ["--lr", "0.125", "--b-lr", "0.5", "--fc-norm"], "BP": ["--lr", "0.25"]}
+    of_rules["DKP inplace"] = ["--lr", "0.5"]
+    recipe.write_text(json.dumps({"ConvNet": {"best": of_rules, "original_diverges": ["DKP"]}}))
+    monkeypatch.setattr(arguments, "RECIPES", recipe)
     assert run("--recipe", "best", "--epochs", 1, "--b-lr", 0.25) == 0
     assert run("--recipe", "best", "--train-mode", "BP", "--epochs", 1, out="bp") == 0
     args = checkpoint(tmp_path / "run")["args"]
     assert (args["lr"], args["b_lr"], args["fc_norm"], args["recipe"]) == (0.125, 0.25, True, "best")
     assert checkpoint(tmp_path / "bp")["args"]["lr"] == 0.25
-    assert not main.parse_arguments(["--recipe", "best", "--no-fc-norm"])[0].fc_norm
+    assert not main.parse_arguments(["--no-fc-norm"])[0].fc_norm
+    in_place, _, _ = main.parse_arguments(["--b-update", "inplace"])
+    assert (in_place.recipe, in_place.lr, in_place.fc_norm) == ("best", 0.5, False)
+    assert in_place.b_lr == pytest.approx(5)
+    capsys.readouterr()
+    original, _, _ = main.parse_arguments(["--recipe", "original"])
+    assert (original.lr, original.b_lr, original.fc_norm) == (5e-4, 1e-4, False)
+    assert "DKP with the original's settings is known to diverge" in capsys.readouterr().err
+    main.parse_arguments(["--recipe", "original", "--train-mode", "BP"])
+    assert not capsys.readouterr().err
     recipe.write_text("{}")
     assert run("--resume", tmp_path / "run", "--epochs", 2) == 0
     assert checkpoint(tmp_path / "run")["args"] == args | {"epochs": 2}
     resume = ("--resume", tmp_path / "run", "--epochs", 3, "--recipe", "original")
     assert_refused(capsys, lambda: run(*resume), "--recipe", "has best, got original")
-    assert_refused(capsys, lambda: run("--recipe", "best", "--b-update", "inplace"), "learned by Adam")
 
 
 def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights():
@@ -320,7 +450,7 @@ def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights
     searched = json.loads(found.read_text())
     for mode in RULES:
         best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
-        winner, _, _ = main.parse_arguments(["--train-mode", mode, *searched[mode]])
+        winner, _, _ = main.parse_arguments(["--recipe", "original", "--train-mode", mode, *searched[mode]])
         assert vars(best) == vars(winner) | {"recipe": "best", "wd": 3e-3}
 
 
@@ -472,7 +602,8 @@ def test_missing_data_are_refused_where_the_dataset_was_named(capsys, tmp_path, 
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
-    assert_refused(capsys, lambda: run("--resume", tmp_path / "nowhere"), "cannot read checkpoint")
+    assert_refused(capsys, lambda: run("--resume", tmp_path / "nowhere"), "there is no", "nowhere")
+    assert_refused(capsys, lambda: run("--resume", tmp_path), "holds no checkpoint.pt, expected the folder of a run")
     run("--epochs", 1)
     folder = tmp_path / "run"
     resume = ("--resume", folder)
@@ -484,7 +615,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--validation", 9), "has None, got 9")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--fc-norm"), "--fc-norm", "has False, got True")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2, "--schedule", "one-cycle"), "--schedule")
-    assert_refused(capsys, lambda: run(*resume, "--epochs", 1), "has done its 1 epochs: raise --epochs")
     assert_refused(capsys, lambda: run(*resume, "--out", tmp_path / "other"), "--out does not go with --resume")
     state = checkpoint(folder)
     for change in ({"net": {}}, {"optimizers": []}, {"ranks": [{}]}):
@@ -495,19 +625,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     torch.save(state | {"data": "other"}, folder / "checkpoint.pt")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "had other training images")
     torch.save(state | {"model": "AlexNet"}, folder / "checkpoint.pt")
-    assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "is a run of AlexNet, expected ConvNet")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "is of AlexNet, expected ConvNet: take alexnet/main.py")
     torch.save([1, 2], folder / "checkpoint.pt")
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "is not a checkpoint of a training run")
+    torch.save({key: state[key] for key in TRAINED}, folder / "checkpoint.pt")
+    assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "holds a trained net alone")
     content = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    (folder / "checkpoint.pt").write_bytes(content[:-100] + b"PK\x05\x06" + bytes(18))
     assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "cannot read checkpoint")
-    (folder / "checkpoint.pt").write_bytes(b"")
-    assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "cannot read checkpoint")
+    for damaged in (content[: len(content) // 2], b"", b"# a text"):
+        (folder / "checkpoint.pt").write_bytes(damaged)
+        assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "is not a checkpoint, or not a whole one")
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.pth.tar")
+    assert_refused(capsys, lambda: run(*resume), "is a run of alexnet/main.py, which trains AlexNet")
 
 
 def test_a_one_cycle_run_keeps_its_length(run, capsys, tmp_path):
     run("--epochs", 1, "--schedule", "one-cycle")
-    message = "--epochs: --schedule one-cycle was laid out for 1 epochs"
+    message = "--epochs: --schedule one-cycle was laid out for 1 epoch\n"
     assert_refused(capsys, lambda: run("--resume", tmp_path / "run", "--epochs", 2), message)
 
 
@@ -520,6 +655,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(run, capsys, tmp_pat
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path):
     whole = {key: kind() for key, kind in CONTENT.items()}
+    whole["model"] = "ConvNet"
     save_checkpoint(tmp_path / "checkpoint.pt", whole)
 
     class Unwritable:
@@ -528,4 +664,4 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path / "checkpoint.pt", whole | {"net": Unwritable()})
-    assert load_checkpoint(tmp_path / "checkpoint.pt") == whole
+    assert load_checkpoint(tmp_path / "checkpoint.pt", "ConvNet") == whole

@@ -1,6 +1,8 @@
 """Command-line arguments: one clear line and exit status 2 for whatever does not fit."""
 
 import argparse
+import difflib
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -8,13 +10,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from feedback import LEARNED, RULES, UPDATES
-from training.checkpoint import load_checkpoint
+from training.checkpoint import CONTENT, TRAINED, find_checkpoint, load_checkpoint
+
+RECIPES = Path(__file__).parent / "recipes.json"  # of each net: the best flags of each rule; what else is known
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose flags cannot be abbreviated."""
 
-    # of B's flags, set by `add_feedback_arguments`
+    # of B's flags, set by `add_common_arguments`
     feedback_defaults: dict[str, float]
     learned_b_scale: float
 
@@ -24,6 +28,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print `message` on one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        """Parse a command line; name the flag that an unknown one comes close to."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            close = [match for word in unknown for match in difflib.get_close_matches(word.partition("=")[0], flags, 1)]
+            hint = f" (did you mean {', '.join(close)}?)" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed
 
 
 def positive_int(text: str) -> int:
@@ -85,22 +99,74 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def add_feedback_arguments(parser: Parser, b_lr: float, b_wd: float, gamma: float, b_scale: float) -> None:
-    """Add the flags of the learning rule and of B; the numbers are the defaults that --help names for DKP and LAS."""
-    parser.add_argument("--train-mode", choices=RULES, default="DKP", help="learning rule (default: DKP)")
-    parser.add_argument(
+def add_common_arguments(
+    parser: Parser, epochs: int, lr: float, wd: float, b_lr: float, b_wd: float, gamma: float, b_scale: float
+) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup, argparse._ArgumentGroup]:
+    """Add the flags that both training scripts have; the numbers are the original's, as --help names them.
+
+    Returns:
+        The groups of training, data and run, for the script to add its own flags to.
+    """
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--recipe", choices=("best", "original"), default="best", help="where defaults come from (default: best)")
+    add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"resumed ones too (default: {epochs})")
+    add("--lr", type=nonnegative_float, default=lr, help=f"learning rate of SGD for the weights (original: {lr:g})")
+    add("--wd", "--weight-decay", type=nonnegative_float, default=wd, help=f"of the weights (original: {wd:g})")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
+    add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory: faster")
+    add("--seed", type=seed, default=1, help="of weights, B and data order (default: 1)")
+
+    rule = parser.add_argument_group("rule and B").add_argument
+    rule("--train-mode", type=str.upper, choices=RULES, default="DKP", help="learning rule (default: DKP)")
+    learned = " or ".join(LEARNED)
+    rule(
+        "--b-update", choices=UPDATES, help=f"{learned}: B learns by Adam or in the backward pass (default: optimizer)"
+    )
+    in_place = "in place lr / (1 - momentum)"
+    rule("--b-lr", type=nonnegative_float, help=f"{learned}: learning rate of B (original: {b_lr:g}; {in_place})")
+    rule("--b-wd", type=nonnegative_float, help=f"{learned}: weight decay of B (original: {b_wd:g})")
+    rule("--gamma", type=fraction, help=f"{learned}: factor on B's learning rate an epoch (original: {gamma:g})")
+    rule(
         "--b-scale",
         type=nonnegative_float,
         metavar="X",
-        help=f"factor on B's random start, 0: B starts at zero (default: {b_scale:g} for DKP and LAS, else 1)",
+        help=f"factor on B's random start, 0: B starts at zero (original: {b_scale:g} for {learned}, else 1)",
     )
-    add = parser.add_argument_group("B, with --train-mode DKP or LAS only").add_argument
-    add("--b-update", choices=UPDATES, help="how B learns: by Adam, or in the backward pass (default: optimizer)")
-    add("--b-lr", type=nonnegative_float, help=f"learning rate of B (default: {b_lr}; in place lr / (1 - momentum))")
-    add("--b-wd", type=nonnegative_float, help=f"weight decay of B (default: {b_wd})")
-    add("--gamma", type=fraction, help=f"factor on B's learning rate after each epoch (default: {gamma})")
     parser.feedback_defaults = {"b_lr": b_lr, "b_wd": b_wd, "gamma": gamma}
     parser.learned_b_scale = b_scale
+
+    data, run = parser.add_argument_group("data"), parser.add_argument_group("run")
+    add = run.add_argument
+    add("--out", type=folder, metavar="DIR", help="folder of a new run (default: runs/ and a name)")
+    add("--resume", type=folder, metavar="RUN", help="run to go on with; its arguments hold unless given anew")
+    add("-e", "--evaluate", action="store_true", help="evaluate the net of --resume on the test images, and end")
+    add("--classify", nargs="+", metavar="IMAGE", help="say what the net of --resume sees in image files, and end")
+    add("--save-model", action="store_true", help="at the end, write the bare net's state dict to model.pt")
+    return training, data, run
+
+
+def recipe_flags(parser: Parser, argv: Sequence[str], model: str) -> list[str]:
+    """The flags that `--recipe` puts before those of `argv`; none for the original's, whose numbers the parser has.
+
+    Says so on standard error where the original's are known to diverge.
+    """
+    asked, _ = parser.parse_known_args(argv)
+    if asked.resume is not None:
+        return []
+    recipes = json.loads(RECIPES.read_text())[model]
+    if asked.recipe == "best":
+        in_place = recipes["best"].get(f"{asked.train_mode} inplace") if asked.b_update == "inplace" else None
+        return in_place or recipes["best"][asked.train_mode]
+    if asked.train_mode in recipes["original_diverges"]:
+        print(f"warning: {asked.train_mode} with the original's settings is known to diverge here", file=sys.stderr)
+    return []
+
+
+def advice(args: argparse.Namespace) -> str:
+    """What to try where a run with these arguments diverges."""
+    rates = "--lr or --b-lr" if args.train_mode in LEARNED else "--lr"
+    return f"try {'--recipe best, or ' if args.recipe == 'original' else ''}a lower {rates}"
 
 
 def flag(key: str) -> str:
@@ -109,39 +175,41 @@ def flag(key: str) -> str:
 
 
 def parse_run_arguments(
-    parser: Parser, argv: list[str] | None, checkpoint_name: str, model_name: str, fixed: Sequence[str]
+    parser: Parser, argv: Sequence[str], model: str, fixed: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Parse a training script's command line; with --resume RUN, over the defaults of that run's own arguments.
 
     Args:
-        parser: with `add_feedback_arguments`' flags, --resume, --out and --lr, and a value for `momentum`.
-        argv: the command line, or None for the process's own.
-        checkpoint_name: of the file in a run's folder.
-        model_name: what the checkpoint must be of.
+        parser: with `add_common_arguments`' flags, and a value for `momentum`.
+        argv: the command line.
+        model: the net that the script trains.
         fixed: the arguments that a resumed run may not change.
 
     Returns:
-        The arguments, and the checkpoint to resume or None. A mistake ends the process with one line and status 2.
+        The arguments, with `resume` the path of the checkpoint, and the checkpoint to resume or None. A mistake ends
+        the process with one line and status 2.
     """
+    argv = [*recipe_flags(parser, argv, model), *argv]
     args = parser.parse_args(argv)
+    uses_net = args.evaluate or args.classify is not None
     checkpoint = None
     if args.resume is not None:
         if args.out is not None and Path(args.out) != Path(args.resume):
             parser.error("--out does not go with --resume: the run goes on in its own folder")
-        path = Path(args.resume)
         try:
-            checkpoint = load_checkpoint(path if path.is_file() else path / checkpoint_name)
+            path = find_checkpoint(Path(args.resume), model)
+            checkpoint = load_checkpoint(path, model, TRAINED if uses_net else CONTENT)
         except ValueError as error:
             parser.error(str(error))
-        if checkpoint["model"] != model_name:
-            parser.error(f"{args.resume} is a run of {checkpoint['model']}, expected {model_name}")
-        saved = checkpoint["args"]
-        parser.set_defaults(**saved)
+        parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args(argv)
         for key in fixed:
             had = parser.get_default(key)
             if getattr(args, key) != had:
                 parser.error(f"{flag(key)}: the run in {args.resume} has {had}, got {getattr(args, key)}")
+        args.resume = str(path)
+    elif uses_net:
+        parser.error(f"{'--evaluate' if args.evaluate else '--classify'} needs --resume: the trained net")
     if args.train_mode in LEARNED:
         args.b_update = args.b_update or "optimizer"
         defaults = dict(parser.feedback_defaults)

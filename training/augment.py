@@ -78,9 +78,14 @@ def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int, out: T
     return out
 
 
+def resized_side(size: int) -> int:
+    """The pixels that a test image's shorter side is resized to before its centre is cut out: 256 for 224."""
+    return round(size * 256 / 224)
+
+
 def centre_crops(images: Tensor, size: int) -> Tensor:
     """Enlarge each image to 256/224 of `size` and cut out its centre: (N, 3, H, H) to (N, 3, S, S), S at least H."""
-    side, resized = images.shape[2], round(size * 256 / 224)
+    side, resized = images.shape[2], resized_side(size)
     zero = torch.zeros(1, device=images.device)
     weights = resize_weights(zero, zero + side, side, resized)
     edge = round((resized - size) / 2)

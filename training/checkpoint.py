@@ -1,13 +1,17 @@
 """Checkpoints: plain data, written whole or not at all, loaded with `weights_only=True`."""
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-# what a run's checkpoint holds, beside what else the script adds
-CONTENT = {"model": str, "args": dict, "epoch": int, "rows": list, "ranks": list, "net": dict, "optimizers": list}
+NAMES = {"ConvNet": "checkpoint.pt", "AlexNet": "checkpoint.pth.tar"}  # of the checkpoint in a run's folder, by net
+SCRIPTS = {"ConvNet": "main.py", "AlexNet": "alexnet/main.py"}
+TRAINED = {"model": str, "args": dict, "classes": list, "epoch": int, "net": dict}  # what a trained net is
+CONTENT = TRAINED | {"rows": list, "ranks": list, "optimizers": list}  # and what its run goes on from
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -24,20 +28,61 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; its tensors stay in the file until they are used.
+def find_checkpoint(path: Path, model: str) -> Path:
+    """The checkpoint that `--resume path` means where `model` is trained: that file, or the one in that folder.
 
     Raises:
-        ValueError: there is no such file, or it is not a whole checkpoint.
+        ValueError: there is none; where the folder is a run of the other script, the message says so.
     """
+    if path.is_file():
+        return path
+    if (path / NAMES[model]).exists():
+        return path / NAMES[model]
+    for other, name in NAMES.items():
+        if (path / name).exists():
+            raise ValueError(f"{path} is a run of {SCRIPTS[other]}, which trains {other}: resume it with that script")
+    if not path.exists():
+        raise ValueError(f"there is no {path}")
+    raise ValueError(f"{path} holds no {NAMES[model]}, expected the folder of a run")
+
+
+def load_checkpoint(path: Path, model: str, content: dict[str, type] = CONTENT) -> dict[str, Any]:
+    """Read a checkpoint of `model` onto the CPU; its tensors stay in the file until they are used.
+
+    Raises:
+        ValueError: there is no such file, it is not a whole checkpoint, it is of another net, or it lacks one of
+            `content`.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a checkpoint, or not a whole one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file leads the unpickler to
         raise ValueError(f"cannot read checkpoint {path}: {str(error) or type(error).__name__}") from error
-    fits = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in CONTENT.items())
-    if not fits:
-        raise ValueError(f"{path} is not a checkpoint of a training run: expected {', '.join(CONTENT)} in it")
+    kept = {key for key, kind in CONTENT.items() if isinstance(state, dict) and isinstance(state.get(key), kind)}
+    if not kept >= TRAINED.keys():
+        raise ValueError(f"{path} is not a checkpoint of a training run: expected {', '.join(TRAINED)} in it")
+    if not kept >= content.keys():
+        raise ValueError(f"{path} holds a trained net alone: name its run's folder to go on with the training")
+    if state["model"] != model:
+        raise ValueError(f"{path} is of {state['model']}, expected {model}: take {SCRIPTS.get(state['model'])}")
     return state
+
+
+def trained_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of the bare model in a checkpoint; BatchNorm's statistics are averaged over the run's ranks."""
+    prefix = "model."
+    net = {key.removeprefix(prefix): value for key, value in checkpoint["net"].items() if key.startswith(prefix)}
+    return net | mean_buffers([rank["buffers"] for rank in checkpoint.get("ranks", ())])
+
+
+def mean_buffers(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each buffer, averaged over the ranks that have it; of a single rank, as it is."""
+    if len(ranks) < 2:
+        return ranks[0] if ranks else {}
+    return {key: torch.stack([rank[key] for rank in ranks]).double().mean(0).to(ranks[0][key]) for key in ranks[0]}
 
 
 def rng_state() -> dict[str, Any]:

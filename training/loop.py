@@ -7,8 +7,10 @@ import contextlib
 import itertools
 import math
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from feedback import DirectFeedback, alignment
-from training.checkpoint import rng_state, save_checkpoint, set_rng_state
+from training.checkpoint import NAMES, mean_buffers, rng_state, save_checkpoint, set_rng_state
 from training.data import Batches
 from training.distributed import average_buffers, barrier, gather, rank, sum_over_ranks, world_size
-from training.run import StopRequest, stop_on_signal, write_metrics
+from training.run import StopRequest, count, stop_on_signal, write_metrics
+
+DIVERGED = 3  # exit status of a run whose loss diverged or is not finite
+RECENT_STEPS, TIMES_GUESSING = 20, 10  # see `check_convergence`
 
 
 @dataclass
@@ -39,8 +44,10 @@ class Job:
     test_batches: to this rank's share of the test images, or of those that `split` names.
     probe: images and labels to measure the angles on.
     train_images, steps: of an epoch, all ranks together; an epoch ends after that many steps, even with batches left.
+    classes: the names of the K classes, kept in the checkpoint.
     settings: the script's arguments, plain data, kept in the checkpoint. data: a fingerprint of the training data.
-    command: the line that resumes the run.
+    command: the line that resumes the run. advice: what to try where it diverges.
+    recent: the mean losses of the last steps, all ranks together.
     """
 
     net: DirectFeedback
@@ -54,11 +61,12 @@ class Job:
     steps: int
     epochs: int
     folder: Path
+    classes: list[str]
     settings: dict[str, Any]
     data: str
     model_name: str
     command: str
-    checkpoint_name: str = "checkpoint.pt"
+    advice: str = "try a lower --lr"
     best_name: str | None = None
     split: str = "test"
     bfloat16: bool = False
@@ -66,6 +74,7 @@ class Job:
     epoch: int = 0
     rows: list[dict[str, float | None]] = field(default_factory=list)
     tally: dict[str, Any] = field(default_factory=lambda: new_tally())
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     @property
     def device(self) -> torch.device:
@@ -90,13 +99,14 @@ def save(job: Job) -> None:
     """
     ranks = gather({"rng": rng_state(), "tally": job.tally, "buffers": dict(job.net.model.named_buffers())})
     if rank() == 0:
-        state = {"model": job.model_name, "args": job.settings, "data": job.data, "ranks": ranks}
-        state |= {"epoch": job.epoch, "rows": job.rows}
-        state |= {"net": job.net.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in job.optimizers]}
-        save_checkpoint(job.folder / job.checkpoint_name, state)
+        trained = {"model": job.model_name, "args": job.settings, "classes": job.classes, "epoch": job.epoch}
+        trained |= {"net": job.net.state_dict()}
+        state = trained | {"data": job.data, "rows": job.rows, "ranks": ranks}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in job.optimizers]}
+        save_checkpoint(job.folder / NAMES[job.model_name], state)
         best = max((row[f"{job.split}_accuracy"] for row in job.rows), default=0)
         if job.best_name and job.tally["step"] == 0 and job.rows and job.rows[-1][f"{job.split}_accuracy"] == best:
-            save_checkpoint(job.folder / job.best_name, state)
+            save_checkpoint(job.folder / job.best_name, trained)
     barrier()
 
 
@@ -130,12 +140,11 @@ def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 def restore_ranks(job: Job, saved: list[dict[str, Any]]) -> None:
     """Put back each rank's random numbers, sums, and buffers (BatchNorm's running statistics)."""
-    buffers = dict(job.net.model.named_buffers())
     mine = [saved[rank()]] if len(saved) == world_size() else saved
+    values = mean_buffers([other["buffers"] for other in mine])
     with torch.no_grad():
-        for name, buffer in buffers.items():
-            values = [other["buffers"][name] for other in mine]
-            buffer.copy_(values[0] if len(values) == 1 else torch.stack(values).double().mean(0))
+        for name, buffer in job.net.model.named_buffers():
+            buffer.copy_(values[name])
     if len(saved) == world_size():
         set_rng_state(saved[rank()]["rng"])
         job.tally = saved[rank()]["tally"]
@@ -159,15 +168,30 @@ def writing() -> Iterator[None]:
         raise WriteError(str(error)) from error
 
 
-class NonFiniteLossError(Exception):
-    """The training loss was infinite or NaN; nothing has been updated with it."""
+class DivergedError(Exception):
+    """The loss, or a weight, is not finite or far above what guessing has; the last good state is saved."""
+
+
+def check_convergence(job: Job, steps: int) -> None:
+    """Raise DivergedError where the mean loss of the last steps, `steps` or more, is 10 times that of guessing.
+
+    A net that guesses has a loss of ln K, K classes: 2.3 for 10, 4.6 for 100. A net that trains may start somewhat
+    above it, and a single step may leap; a mean of 20 steps at 10 ln K comes down again in no run that we know of.
+    """
+    bound = TIMES_GUESSING * math.log(len(job.classes))
+    if len(job.recent) >= steps and statistics.fmean(job.recent) > bound:
+        where = f"at epoch {job.epoch + 1}, step {job.tally['step']}"
+        raise DivergedError(
+            f"diverged {where}: the mean loss of the last {count(len(job.recent), 'step')} is "
+            f"{statistics.fmean(job.recent):.4g}, and guessing has {math.log(len(job.classes)):.2f}"
+        )
 
 
 def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bool:
     """Train to the end of the epoch, or to a stop request on any rank; sum up in `job.tally`; return if it is the end.
 
     Raises:
-        NonFiniteLossError: before the update of W and of B.
+        DivergedError: before the update of W and of B where the loss is not finite, else as `check_convergence` does.
     """
     tally = job.tally
     started = time.perf_counter() - tally["seconds"]
@@ -191,7 +215,7 @@ def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bo
                 loss = F.cross_entropy(logits, y)
             loss_value = loss.item()
             if not math.isfinite(loss_value):
-                raise NonFiniteLossError(
+                raise DivergedError(
                     f"the loss is {loss_value} at epoch {job.epoch + 1}, step {tally['step'] + 1}: "
                     "stopped before the update"
                 )
@@ -207,13 +231,15 @@ def train_epoch(job: Job, stop: StopRequest, writer: SummaryWriter | None) -> bo
             tally["correct"] += int((logits.argmax(1) == y).sum())
             tally["seconds"] = time.perf_counter() - started
             bar.update(together)
+            signals, step_loss = sum_over_ranks([float(stop.signal or 0), loss_value * len(y) / together], job.device)
+            job.recent.append(step_loss)
             if tally["step"] % job.log_interval == 0:
                 train_loss, accuracy = train_metrics(job)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
-                (step_loss,) = sum_over_ranks([loss_value * len(y) / together], job.device)
                 if writer is not None:
                     writer.add_scalar("step/train_loss", step_loss, job.epoch * job.steps + tally["step"])
-            if sum_over_ranks([float(stop.signal or 0)], job.device)[0] > 0:
+            check_convergence(job, RECENT_STEPS)
+            if signals > 0:
                 return False
     return True
 
@@ -246,6 +272,12 @@ def evaluate(job: Job) -> dict[str, float]:
     }
 
 
+def test_line(job: Job, metrics: dict[str, float]) -> str:
+    """What `evaluate` found, in a line."""
+    loss, top1, top5 = (metrics[f"{job.split}_{key}"] for key in ("loss", "accuracy", "top5_accuracy"))
+    return f"{job.split} accuracy {top1:.2f} % top-1, {top5:.2f} % top-5; loss {loss:.4f}"
+
+
 def epoch_row(job: Job) -> dict[str, float | None]:
     """Evaluate a finished epoch, print its line on rank 0, and return its row of metrics.csv.
 
@@ -274,25 +306,26 @@ def epoch_row(job: Job) -> dict[str, float | None]:
     return row
 
 
-def is_sound(job: Job) -> bool:
-    """Whether weights, B and the last loss on the test images are finite."""
+def check_soundness(job: Job) -> None:
+    """Raise DivergedError unless weights, B and the last loss on the test images are finite, and the loss is sound."""
+    check_convergence(job, steps=1)
     finite = all(bool(parameter.isfinite().all()) for parameter in job.net.parameters())
-    return finite and (not job.rows or math.isfinite(job.rows[-1][f"{job.split}_loss"]))
+    if not finite or (job.rows and not math.isfinite(job.rows[-1][f"{job.split}_loss"])):
+        raise DivergedError(f"weights or {job.split} loss are not finite after epoch {job.epoch + 1}: stopped")
 
 
 def fit(job: Job) -> int:
     """Train to `job.epochs`. Leave checkpoints, metrics.csv and TensorBoard events in the job's folder.
 
     Returns:
-        The exit status: 0, 1 where the loss is not finite or the folder cannot be written to, or 128 + the signal that
-        stopped the run.
+        The exit status: 0, DIVERGED, 1 where the folder cannot be written to, or 128 + the signal that stopped the run.
     """
     try:
         with stop_on_signal() as stop:
             train(job, stop)
-    except NonFiniteLossError as error:
-        print(f"{error}; the last good state is in {job.folder}. Try a lower --lr", file=sys.stderr)
-        return 1
+    except DivergedError as error:
+        print(f"{error}. The last good state is in {job.folder}: {job.advice}", file=sys.stderr)
+        return DIVERGED
     except WriteError as error:
         print(f"cannot write to {job.folder}: {error}", file=sys.stderr)
         return 1
@@ -303,30 +336,29 @@ def fit(job: Job) -> int:
         return 128 + (stop.signal or signal.SIGTERM)
     if rank() == 0:
         accuracy = job.rows[-1][f"{job.split}_accuracy"]
-        print(f"{job.split} accuracy {accuracy:.2f} % after {job.epoch} epochs; see {job.folder}")
+        print(f"{job.split} accuracy {accuracy:.2f} % after {count(job.epoch, 'epoch')}; see {job.folder}")
     return 0
 
 
 def train(job: Job, stop: StopRequest) -> None:
-    """Train epoch by epoch until the last one or a stop request.
+    """Train epoch by epoch until the last one or a stop request; of a run that is over, write its files once more.
 
     Raises:
-        NonFiniteLossError: with the last good state saved.
+        DivergedError: with the last good state saved.
         WriteError: a file cannot be written.
     """
     purge_step = job.epoch * job.steps + job.tally["step"] + 1
     with writing():
         save(job)
         writer = SummaryWriter(job.folder, purge_step=purge_step) if rank() == 0 else None
+        if job.rows and rank() == 0:
+            write_metrics(job.folder / "metrics.csv", job.rows)
     with contextlib.closing(writer) if writer else contextlib.nullcontext():
         while job.epoch < job.epochs:
             finished = train_epoch(job, stop, writer)
             if finished:
                 job.rows.append(epoch_row(job))
-            if not is_sound(job):
-                raise NonFiniteLossError(
-                    f"weights or {job.split} loss are not finite after epoch {job.epoch + 1}: stopped"
-                )
+            check_soundness(job)
             if finished:
                 job.epoch, job.tally = job.epoch + 1, new_tally()
             with writing():

@@ -17,18 +17,25 @@ from typing import Any
 
 import torch
 
+from training.checkpoint import NAMES
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def make_run_folder(folder: Path, checkpoint_name: str) -> None:
-    """Make `folder` for a new run.
+def count(number: int, noun: str) -> str:
+    """The number with its noun: "1 epoch", "2 epochs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def make_run_folder(folder: Path, model: str) -> None:
+    """Make `folder` for a new run that trains `model`.
 
     Raises:
         ValueError: it holds a run's checkpoint already.
         OSError: it cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / checkpoint_name).exists():
+    if (folder / NAMES[model]).exists():
         raise ValueError(f"{folder} already holds a run: continue it with --resume {folder}, or name another --out")
     (folder / "config.json").unlink(missing_ok=True)
     (folder / "config.json").touch()
