@@ -1,7 +1,8 @@
 """2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA, DKP or LAS.
 
-Run:    python main.py --train-mode DKP --batch-size 50 --epochs 10 --seed 1
-Result: 64.47 % test accuracy (n=1; BP 69.00, DFA 59.29), 17 minutes on one thread of an AMD EPYC, torch 2.13.0
+Run:    python main.py --train-mode LAS --epochs 12 --precision bf16 --channels-last
+Result: 72.61 +- 0.25 % test accuracy (n=3; BP 74.27, DKP 66.74, DFA 66.13), 24 to 34 seconds an epoch on one thread of
+        an AMD EPYC, torch 2.13.0
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
 """
 
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     status = fit(job)
     if status == 0 and args.save_model:
         save_checkpoint(run / "model.pt", model.state_dict())
+        print(f"see {run / 'model.pt'}")
     return status
 
 

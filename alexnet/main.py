@@ -226,6 +226,7 @@ def work(args: Namespace, device: torch.device) -> int:
     status = fit(job)
     if status == 0 and args.save_model and rank() == 0:
         save_checkpoint(run / "model.pt", model.state_dict())
+        print(f"see {run / 'model.pt'}")
     return status
 
 

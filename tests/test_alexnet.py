@@ -13,9 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models import AlexNet
 from training import images
+from training.checkpoint import TRAINED, load_checkpoint
+from training.data import CIFAR
+from training.loop import DIVERGED
 from training.synthetic import synthetic_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,9 +134,6 @@ def test_a_resumed_epoch_goes_on_with_the_same_crops(data_set):
 
 
 def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
-    pytest.importorskip("PIL")
-    from PIL import Image
-
     generator = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3)):
         for name in ("cat", "dog"):
@@ -229,11 +230,30 @@ def test_two_ranks_resume_exactly_evaluate_and_go_on_in_another_world(folder):
     for world in ((), TWO):
         out, _ = finish(start(folder, *world, "-e", "--resume", folder / "halves" / "checkpoint.pth.tar"))
         assert f"test accuracy {float(last['test_accuracy']):.2f} % top-1" in out
-    assert (folder / "halves" / "model_best.pth.tar").exists()
+    best = torch.load(folder / "halves" / "model_best.pth.tar", weights_only=True)
+    assert best.keys() == TRAINED.keys() and best["net"].keys() == net_of(folder / "halves")[0].keys()
+    out, _ = finish(start(folder, "-e", "--resume", folder / "halves" / "model_best.pth.tar"))
+    assert "test accuracy" in out
+    picture = folder / "picture.png"
+    Image.new("RGB", (90, 70), "orange").save(picture)
+    out, _ = finish(start(folder, "--resume", folder / "halves", "--classify", picture))
+    (line,) = out.splitlines()
+    assert line.startswith(f"{picture}: ") and line.split(": ")[1].split()[0] in CIFAR["cifar100"].classes
     out, _ = finish(start(folder, "--epochs", 3, "-b", 16, "--resume", folder / "halves"))
     assert "1 process; " in out and "from epoch 2, step 0" in out
     with open(folder / "halves" / "metrics.csv", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_that_diverges_ends_with_its_own_status(folder):
+    flags = ("--epochs", 20, "--lr", 1, "--out", folder / "run", "--train-mode", "DFA")
+    out, error = finish(start(folder, *TWO, *flags), status=DIVERGED)
+    assert re.search(r"the loss is nan at|diverged at|are not finite after", error), out + error
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_checkpoint(folder / "run" / "model.pt", "AlexNet")
+    net = load_checkpoint(folder / "run" / "checkpoint.pth.tar", "AlexNet")["net"]
+    assert all(value.isfinite().all() for value in net.values())
 
 
 @pytest.mark.slow

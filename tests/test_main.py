@@ -435,7 +435,7 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     capsys.readouterr()
     original, _, _ = main.parse_arguments(["--recipe", "original"])
     assert (original.lr, original.b_lr, original.fc_norm) == (5e-4, 1e-4, False)
-    assert "DKP with the original's settings is known to diverge" in capsys.readouterr().err
+    assert "ConvNet diverges by DKP with the original's settings" in capsys.readouterr().err
     main.parse_arguments(["--recipe", "original", "--train-mode", "BP"])
     assert not capsys.readouterr().err
     recipe.write_text("{}")

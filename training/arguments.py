@@ -159,7 +159,7 @@ def recipe_flags(parser: Parser, argv: Sequence[str], model: str) -> list[str]:
         in_place = recipes["best"].get(f"{asked.train_mode} inplace") if asked.b_update == "inplace" else None
         return in_place or recipes["best"][asked.train_mode]
     if asked.train_mode in recipes["original_diverges"]:
-        print(f"warning: {asked.train_mode} with the original's settings is known to diverge here", file=sys.stderr)
+        print(f"warning: {model} diverges by {asked.train_mode} with the original's settings", file=sys.stderr)
     return []
 
 
