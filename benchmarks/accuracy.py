@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import alexnet.main
 import main as convnet
-from feedback import LEARNED, RULES
+from feedback import RULES, learned_rules
 from training.arguments import Parser, positive_int, run_script, seed
 from training.checkpoint import NAMES
 from training.loop import DIVERGED
@@ -73,7 +73,7 @@ def convnet_stages(mode: str) -> list[list[Changes]]:
     one_cycle: Changes = {"--schedule": "one-cycle"}
     weights: list[Changes] = [one_cycle | {"--lr": lr} for lr in ("0.002", "0.005")]
     weights += [one_cycle | {"--lr": lr, "--fc-norm": None} for lr in ("0.005", "0.01")]
-    if mode in LEARNED:
+    if RULES[mode].learns:
         b_lr: list[Changes] = [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}]
         return [weights, b_lr, [{"--gamma": "1"}], [{"--b-wd": "1e-3"}], [{"--b-scale": "0"}], beyond]
     rest: list[Changes] = [{"--b-scale": "0.5"}, {"--b-scale": "2"}]
@@ -89,12 +89,12 @@ def alexnet_stages(mode: str) -> list[list[Changes]]:
     W; last, what the edges of the stages before call for.
     """
     first = {"DFA": ("0.0003", "0.001", "0.003"), "BP": ("0.01", "0.03", "0.1"), "KP": ("0.01", "0.03", "0.1")}
-    b_lr: Changes = {"--b-lr": "1e-4"} if mode in LEARNED else {}
+    b_lr: Changes = {"--b-lr": "1e-4"} if RULES[mode].learns else {}
     weights: list[Changes] = [{"--lr": lr} | b_lr for lr in first.get(mode, ("0.003", "0.01", "0.03"))]
     second: dict[str, list[Changes]] = {
         "FA": [{"--b-scale": "0.5"}, {"--b-scale": "2"}],
         "DFA": [{"--b-scale": "0.3"}, {"--b-scale": "0.1"}],
-        **{learned: [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}] for learned in LEARNED},
+        **{learned: [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}] for learned in learned_rules()},
     }
     last: dict[str, list[Changes]] = {
         "FA": [{"--lr": "0.001"}, {"--wd": "3e-3"}],
@@ -498,7 +498,7 @@ def remembered(folder: Path, runs: list[Run], args: Namespace) -> list[Run]:
     if common | {"runs": kept["runs"]} != kept or any(known.get(run.name, run) != run for run in runs):
         raise ValueError(f"{folder} has a sweep with other settings (see {path.name}): name another --name")
     known |= {run.name: run for run in runs}
-    everything = sorted(known.values(), key=lambda run: (RULES.index(run.mode), run.recipe, run.seed))
+    everything = sorted(known.values(), key=lambda run: (list(RULES).index(run.mode), run.recipe, run.seed))
     path.write_text(json.dumps(common | {"runs": [asdict(run) for run in everything]}, indent=2) + "\n")
     return everything
 

@@ -34,7 +34,9 @@ def all_at_once(net: DirectFeedback, x: Tensor, target: Tensor | None = None) ->
     """The wrapper's forward with every point made behind the logits, so that e meets all B before any block runs."""
     logits, activations = net.tapped_forward(x, cut=True)
     lr, decay = net.feedback_lr, net.feedback_weight_decay
-    return direct_feedback(logits, activations, net.matrices(), inplace_lr=lr, inplace_weight_decay=decay)
+    return direct_feedback(
+        logits, activations, net.matrices(), rule=net.rule, inplace_lr=lr, inplace_weight_decay=decay
+    )
 
 
 def in_bfloat16(error_NK: Tensor, feedback_KD: Tensor) -> Tensor:

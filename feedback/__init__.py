@@ -2,6 +2,7 @@
 
 from feedback.alignment import alignment
 from feedback.functional import direct_feedback
-from feedback.wrapper import LEARNED, RULES, UPDATES, DirectFeedback
+from feedback.rules import RULES, Rule
+from feedback.wrapper import UPDATES, DirectFeedback, learned_rules
 
-__all__ = ["LEARNED", "RULES", "UPDATES", "DirectFeedback", "alignment", "direct_feedback"]
+__all__ = ["RULES", "UPDATES", "DirectFeedback", "Rule", "alignment", "direct_feedback", "learned_rules"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feedback.functional import as_rows, direct_feedback
+from feedback.rules import RULES
 from feedback.state import untouched
 from feedback.wrapper import DirectFeedback
 
@@ -51,13 +52,15 @@ def alignment(
         ValueError: as `DirectFeedback` does in its forward pass.
     """
     parameters = {name: p for name, p in net.model.named_parameters() if p.requires_grad}
-    matrices = [B.detach() for B in net.matrices()]
+    matrices = [] if RULES[net.rule].chained else [B.detach() for B in net.matrices()]
 
     def gradients(by_rule: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits, activations, and the gradients of activations and parameters; zeros for one that gets none."""
         with untouched(net.model), torch.enable_grad():
             logits, activations = net.tapped_forward(x, cut=by_rule)
-            routed = direct_feedback(logits, activations, matrices) if by_rule and matrices else logits
+            routed = logits
+            if by_rule and matrices:
+                routed = direct_feedback(logits, activations, matrices, rule=net.rule, target=target)
             tensors = [*activations, *parameters.values()]
             learning = [tensor for tensor in tensors if tensor.requires_grad]
             loss = loss_fn(routed, target)

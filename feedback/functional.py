@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from feedback.rules import RULES
 
 FEW_IMAGES, PAGE_BYTES, CACHED_BYTES = range(16, 7, -1), 2**12, 2**21  # see `images_at_a_time`
 
@@ -41,25 +42,26 @@ def from_rows(rows_ND: Tensor, shape: torch.Size, channels_last: bool) -> Tensor
 class FeedbackPoint(torch.autograd.Function):
     """A zero of the error's shape (N, K) forward. In the backward pass e = dL/dlogits, the gradient of that zero, gives
 
-        grad_h = e @ B                                  (N, D)  DFA, Nokland 2016
-        grad_B = e^T @ h                                (K, D)  DKP, Webster, Choi, Ahn 2020
-        grad_B = (softmax(h @ B^T) - target)^T @ h / N  (K, D)  LAS, after Yang, Lee, Park 2024: B as a readout of h
-        B     <- B - lr (grad_B + wd B)                 where `inplace_lr` is given, instead of returning grad_B
+        grad_h = sent @ B                (N, D)  sent is e but for rules that say otherwise: DFA, Nokland 2016
+        grad_B = correlated^T @ h        (K, D)  where B learns: e for DKP, Webster, Choi, Ahn 2020
+        B     <- B - lr (grad_B + wd B)          where `inplace_lr` is given, instead of returning grad_B
 
-    Not computed: anything with respect to a block's input. The activations come in cut from one another, so no
-    block waits for the blocks above it. B is read in its own memory order, and h is brought to it.
+    with the (N, K) errors `sent` and `correlated` of feedback/rules. Not computed: anything with respect to a block's
+    input. The activations come in cut from one another, so no block waits for the blocks above it. B is read in its
+    own memory order, and h is brought to it.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        rule: str,
         inplace_lr: Tensor | None,
         inplace_weight_decay: Tensor | None,
         target: Tensor | None,
         h: Tensor,
         feedback: Tensor,
     ) -> Tensor:
-        ctx.dtype = h.dtype
+        ctx.rule, ctx.dtype = rule, h.dtype
         learns = feedback.requires_grad or inplace_lr is not None
         # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
         saved = feedback if inplace_lr is None else feedback.data
@@ -70,25 +72,26 @@ class FeedbackPoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
         feedback, h, target, inplace_lr, inplace_weight_decay = ctx.saved_tensors
+        rule = RULES[ctx.rule]
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)
         error = error_NK.to(ctx.dtype)
         grad_h = grad_feedback = None
-        if ctx.needs_input_grad[3]:
-            grad_h_ND = learning_signal(error, feedback_KD.to(ctx.dtype))
+        if rule.sent is not None and ctx.needs_input_grad[4]:
+            sent_NK = rule.sent(error, None, feedback_KD, target)
+            grad_h_ND = learning_signal(sent_NK, feedback_KD.to(ctx.dtype))
             grad_h = from_rows(grad_h_ND, feedback.shape[1:], channels_last)
-        if h is not None:
+        if rule.correlated is not None and h is not None:
             h_ND = as_rows(h, channels_last)
-            if target is not None:
-                error = readout_error(h_ND, feedback_KD.to(ctx.dtype), target)
+            error = rule.correlated(error, h_ND, feedback_KD.to(ctx.dtype), target)
             if inplace_lr is not None:
                 error, h_ND = error.to(feedback.dtype), h_ND.to(feedback.dtype)
                 step_in_place(feedback_KD, error, h_ND, inplace_lr, inplace_weight_decay)
-            elif ctx.needs_input_grad[4]:
+            elif ctx.needs_input_grad[5]:
                 new_KD = feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype)
                 grad_feedback_KD = add_correlation(new_KD, error.to(ctx.dtype), h_ND).to(feedback.dtype)
                 grad_feedback = from_rows(grad_feedback_KD, feedback.shape[1:], channels_last)
-        return None, None, None, grad_h, grad_feedback
+        return None, None, None, None, grad_h, grad_feedback
 
 
 class Broadcast(torch.autograd.Function):
@@ -105,11 +108,11 @@ class Broadcast(torch.autograd.Function):
 
 
 def images_at_a_time(feedback_KD: Tensor, batch: int) -> int:
-    """How many images a product with B takes: all, but on a CPU where B stays in the cache meanwhile, a few.
+    """Images per product with B: a few on a CPU if B fits in cache, otherwise the whole batch.
 
     A product of the whole batch walks down all its rows at once, each in other pages of memory; rows of less than a
-    page are not worth it. In half precision it is the whole batch's all the same, since a sum of e^T @ h over pieces
-    would be rounded at each.
+    page are not worth it. In half precision it is the whole batch too, since a sum of e^T @ h over pieces would be
+    rounded at each.
     """
     if torch.compiler.is_compiling() or feedback_KD.device.type != "cpu" or feedback_KD.itemsize < 4:
         return batch
@@ -137,12 +140,6 @@ def add_correlation(target_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: flo
     return target_KD
 
 
-def readout_error(h_ND: Tensor, feedback_KD: Tensor, target_N: Tensor) -> Tensor:
-    """e_l = (softmax(h @ B^T) - target) / N, (N, K): what B gets wrong as a readout of h; its dL/dlogits."""
-    guess_NK = (h_ND @ feedback_KD.T).softmax(1, dtype=torch.promote_types(h_ND.dtype, torch.float32))
-    return (guess_NK - F.one_hot(target_N, len(feedback_KD))) / len(target_N)
-
-
 def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
     """B <- B - lr (e^T @ h + wd B) where B lies; with several ranks, e^T @ h is averaged over them first."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -150,7 +147,7 @@ def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tenso
         grad_feedback_KD = error_NK.T @ h_ND
         dist.all_reduce(grad_feedback_KD)
         feedback_KD.mul_(1 - lr * weight_decay).sub_(grad_feedback_KD.mul_(lr / ranks))
-    elif torch.compiler.is_compiling():  # lr stays a tensor: a new value must not compile the net anew
+    elif torch.compiler.is_compiling():  # lr stays a tensor: a new value must not recompile the net
         feedback_KD.mul_(1 - lr * weight_decay).sub_((lr * error_NK).T @ h_ND)
     else:
         step = lr.item()
@@ -161,6 +158,7 @@ def feedback_point(
     h: Tensor,
     feedback: Tensor,
     *,
+    rule: str = "DKP",
     name: str = "",
     target: Tensor | None = None,
     inplace_lr: Tensor | None = None,
@@ -172,15 +170,19 @@ def feedback_point(
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
         name: of the point, for messages.
-        target, inplace_lr, inplace_weight_decay: as in `direct_feedback`; the last two Tensors.
+        rule, target, inplace_lr, inplace_weight_decay: as in `direct_feedback`; the last two Tensors.
 
     Raises:
         ValueError: as `direct_feedback` does.
     """
     check_point(h, feedback, len(h), len(feedback), name)
-    if target is not None:
+    if rule not in RULES or RULES[rule].chained:
+        raise ValueError(f"rule is {rule!r}, expected one of {[key for key, r in RULES.items() if not r.chained]}")
+    if (feedback.requires_grad or inplace_lr is not None) and not RULES[rule].learns:
+        raise ValueError(f"feedback matrix{name} is to learn, expected it fixed by {rule}")
+    if RULES[rule].needs_target:
         check_target(target, len(h))
-    if target is not None or inplace_lr is not None:
+    if RULES[rule].needs_target or inplace_lr is not None:
         refuse_float16(h)
     if inplace_lr is not None:
         if feedback.requires_grad or not (feedback.is_contiguous() or is_channels_last(feedback)):
@@ -190,7 +192,7 @@ def feedback_point(
             )
         if not h.requires_grad:  # of a frozen block: B learns all the same
             h = h.detach().requires_grad_()
-    return FeedbackPoint.apply(inplace_lr, inplace_weight_decay, target, h, feedback)
+    return FeedbackPoint.apply(rule, inplace_lr, inplace_weight_decay, target, h, feedback)
 
 
 def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
@@ -215,6 +217,7 @@ def direct_feedback(
     activations: Sequence[Tensor],
     matrices: Sequence[Tensor],
     *,
+    rule: str = "DKP",
     target: Tensor | None = None,
     inplace_lr: float | Tensor | None = None,
     inplace_weight_decay: float | Tensor = 0.0,
@@ -228,32 +231,33 @@ def direct_feedback(
     Args:
         logits: (N, K), the network's output before the loss.
         activations: h_l, each (N, ...), still attached to its own block's graph.
-        matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient gets e^T @ h_l.
-        target: (N,) int64 class ids, 0 to K - 1. If given, B_l learns as a linear readout of h_l instead, from its own
-            error: e_l = (softmax(h_l @ B_l^T) - target) / N stands for e in e^T @ h_l, but not in e @ B_l. That is LAS,
-            the linear form of Yang, Lee, Park 2024. No factor on the loss enters e_l.
+        matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient learns.
+        rule: a direct rule of `feedback.RULES`: what meets B in the signal, and what meets h in B's gradient.
+        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them. No factor on the loss enters what a rule
+            makes of them.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. Where
-            torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number, or a Tensor of
-            no dimensions on the CPU, of which a new value compiles nothing anew.
+            torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number; pass a 0-d
+            CPU tensor to change it without recompiling.
         inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD; likewise.
 
     Raises:
-        ValueError: logits that are not a Tensor (N, K), an activation or a matrix of another shape, as many matrices
-            as activations not given, a target that is no (N,) class ids, a B that the update in place cannot write to,
-            or that update or LAS in float16.
+        ValueError: logits that are not a Tensor (N, K); an activation or a matrix of another shape; not as many
+            matrices as activations; a rule that is not direct; a matrix that is to learn by a rule whose B is fixed; a
+            target that is no (N,) class ids; a B that the update in place cannot write to; that update, or a rule that
+            needs the target, in float16.
     """
     check_logits(logits)
     if len(activations) != len(matrices):
         raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
     for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
-        check_point(h, feedback, *logits.shape, f" {i}")
+        check_point(h, feedback, len(logits), logits.shape[1], f" {i}")
     lr = decay = None
     if inplace_lr is not None:
         lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (inplace_lr, inplace_weight_decay))
         refuse_float16(logits)
     zeros = [
-        feedback_point(h, feedback, target=target, inplace_lr=lr, inplace_weight_decay=decay)
+        feedback_point(h, feedback, rule=rule, target=target, inplace_lr=lr, inplace_weight_decay=decay)
         for h, feedback in zip(activations, matrices, strict=True)
     ]
     return broadcast_error(logits, zeros)
@@ -275,8 +279,8 @@ def refuse_float16(x: Tensor) -> None:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float16 in (autocast, x.dtype):
         raise ValueError(
-            "the update of B in place, and LAS, got float16, expected float32 or bfloat16: a GradScaler's factor would"
-            ' enter B. Use bfloat16, or DKP with update="optimizer"'
+            "the update of B in place, and rules that read the labels, got float16, expected float32 or bfloat16: a"
+            ' GradScaler scales the loss alone. Use bfloat16, or DKP with update="optimizer"'
         )
 
 

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from feedback.state import untouched
 
-LAYERWISE = ("FA", "KP")
 LAYERS = (nn.Conv2d, nn.Linear)
 ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm)  # weights of any shape, but each multiplies one feature: none is transported
 
@@ -55,9 +54,9 @@ class LayerFeedbackFunction(torch.autograd.Function):
             grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad_out, x, B, [len(B)], stride, padding, dilation, False, [0, 0], groups, mask
             )
-        grad_x = grad_x.to(saved_x.dtype) if needs_x else None
-        grad_weight = grad_weight.to(ctx.weight_dtype) if needs_weight else None
-        grad_bias = grad_bias.to(ctx.weight_dtype) if needs_bias else None
+        grad_x = None if grad_x is None else grad_x.to(saved_x.dtype)
+        grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.weight_dtype)
         return None, None, grad_x, grad_weight, grad_bias, grad_weight if needs_B else None
 
 

@@ -17,12 +17,10 @@ from feedback.functional import (
     is_channels_last,
     refuse_float16,
 )
-from feedback.layerwise import LAYERWISE, feedback_layers, layer_feedback
+from feedback.layerwise import feedback_layers, layer_feedback
+from feedback.rules import RULES
 from feedback.state import untouched
 
-LEARNED = ("DKP", "LAS")  # the direct rules whose B learns
-RULES = ("BP", *LAYERWISE, "DFA", *LEARNED)
-CHAINED = ("BP", *LAYERWISE)  # a block's backward waits for the block above
 UPDATES = ("optimizer", "inplace")
 
 
@@ -45,15 +43,12 @@ class DirectFeedback(nn.Module):
     e = dL/dlogits. So every block's backward needs only e, and no gradient with respect to a block's input is
     ever computed. The loss is called, and `backward()` with it, as on any other module.
 
-    Rules: `BP` is plain autograd and has no B. `FA` (Lillicrap et al. 2016) and `KP` (Kolen, Pollack 1994; Akrout et
-    al. 2019) go backward layer by layer as BP does, but every Conv2d and Linear whose input needs a gradient has a B
-    of its weight's shape and sends it the error through B; here the points only say where angles are measured. FA
-    keeps B fixed, as a buffer. KP's B is a Parameter and gets W's gradient, to be stepped as W is.
-    `DFA` (Nokland 2016) keeps each B_l fixed, as a buffer. `DKP` (Webster, Choi, Ahn 2020) learns it from
-    grad_B_l = e^T @ h_l. `LAS`, a linear form of Yang, Lee, Park 2024, learns it as a readout of its own block, from
-    grad_B_l = e_l^T @ h_l with e_l = (softmax(h_l @ B_l^T) - target) / N; call it as `net(x, target)`.
+    The rules are in feedback/rules, a file each. A fixed B is a buffer, one that learns a Parameter. BP is plain
+    autograd. FA and KP go backward layer by layer as BP does, but every Conv2d and Linear whose input needs a gradient
+    has a B of its weight's shape and sends it the error through B; there the points only say where angles are measured,
+    and KP's B gets W's gradient, to be stepped as W is. A rule that needs the labels is called as `net(x, target)`.
 
-    Both learn B_l, a Parameter, in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
+    DKP and LAS learn B_l in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
     `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B. In place, each backward pass is a step of
     B: with gradient accumulation B steps once per micro-batch. A loss scaled by a factor scales DKP's step too.
@@ -62,7 +57,7 @@ class DirectFeedback(nn.Module):
         model: maps one Tensor (N, ...) to logits (N, K). It gets forward hooks, by which a deep copy of the model
             alone also copies this wrapper.
         points: names of submodules, each called once a forward pass, each returning one Tensor h_l (N, ...).
-        rule: one of `RULES`.
+        rule: a key of `feedback.RULES`.
         example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
             once through the model, without effect on BatchNorm statistics or random numbers, to learn the shapes.
         update: "optimizer" or "inplace" (DKP and LAS only).
@@ -105,7 +100,7 @@ class DirectFeedback(nn.Module):
         self.feedback = nn.Module()
         self._pass: _Pass | None = None
         # partial of a bound method: a deep copy's hooks then belong to the copy
-        hooks = [
+        self._hooks = hooks = [
             model.get_submodule(point).register_forward_hook(functools.partial(self._tap, point))
             for point in self.points
         ]
@@ -121,9 +116,9 @@ class DirectFeedback(nn.Module):
                     )
             # an empty B of the right shape for each point: the function's own checks, in one place
             direct_feedback(logits, activations, [h.new_empty(logits.shape[-1], *h.shape[1:]) for h in activations])
-            layers = feedback_layers(model, example) if rule in LAYERWISE else {}
+            layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
             for name, needs_feedback in layers.items():
-                layer = model.get_submodule(name)
+                layer: Any = model.get_submodule(name)
                 replace = functools.partial(self._replace_backward, name)
                 hooks.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
                 if needs_feedback:
@@ -133,7 +128,7 @@ class DirectFeedback(nn.Module):
             for hook in hooks:
                 hook.remove()
             raise
-        if rule not in CHAINED:
+        if not RULES[rule].chained:
             for point, h in zip(self.points, activations, strict=True):
                 self._add_feedback(point, logits.shape[1], h, init or nn.init.kaiming_uniform_)
 
@@ -146,17 +141,24 @@ class DirectFeedback(nn.Module):
         name = _feedback_name(point)
         if hasattr(self.feedback, name):
             raise ValueError(f"layer {point!r} has the name of another but for '.' and '_': rename the module")
-        if self.rule == "KP" or self.rule in LEARNED:
+        if RULES[self.rule].as_weight or RULES[self.rule].learns:
             parameter = nn.Parameter(matrix, requires_grad=self.update == "optimizer")
             self.feedback.register_parameter(name, parameter)
         else:
             self.feedback.register_buffer(name, matrix)
 
     def matrices(self) -> list[Tensor]:
-        """The feedback matrices B_l, (K, *h_l.shape[1:]), in the order of `points`; empty for BP, FA and KP."""
-        if self.rule in CHAINED:
-            return []
-        return [getattr(self.feedback, _feedback_name(point)) for point in self.points]
+        """Every feedback matrix: (K, *h_l.shape[1:]) in the order of `points`; for FA and KP as each layer's weight.
+
+        Their names are those of `net.feedback.named_parameters()` or `.named_buffers()`. Empty for BP.
+        """
+        return [*self.feedback.parameters(), *self.feedback.buffers()]
+
+    def unwrap(self) -> nn.Module:
+        """Take the wrapper off: remove its hooks and return the bare model. The wrapper is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        return self.model
 
     @property
     def feedback_lr(self) -> float | None:
@@ -179,21 +181,23 @@ class DirectFeedback(nn.Module):
 
         Args:
             x: (N, ...), as the example.
-            target: (N,) class ids; LAS needs them to train, the other rules ignore them.
+            target: (N,) class ids; a rule that needs them, as LAS, needs them to train, the other rules ignore them.
 
         Raises:
-            ValueError: as the class does, and for LAS in training without a target.
+            ValueError: as the class does, and in training without a target that the rule needs.
         """
-        if self.rule == "BP" or not (self.training and torch.is_grad_enabled()):
+        rule = RULES[self.rule]
+        if not rule.has_feedback or not (self.training and torch.is_grad_enabled()):
             return self.model(x)
-        if self.rule in LAYERWISE:
+        if rule.layerwise:
             return self.tapped_forward(x, cut=True)[0]
-        if self.rule == "LAS":
+        if rule.needs_target:
             if target is None:
-                raise ValueError("LAS learns B from the labels: call net(x, target=y) in training, with y (N,) int64")
+                raise ValueError(f"{rule.name} reads the labels: call net(x, target=y) in training, with y (N,) int64")
             check_target(target, len(x))
+        else:
+            target = None
         zeros: list[Tensor] = []
-        target = target if self.rule == "LAS" else None
         logits, _ = self._run(x, _Pass(cut=True, taps={}, zeros=zeros, target=target))
         routed = broadcast_error(logits, zeros)
         if self.update == "inplace":
@@ -218,7 +222,7 @@ class DirectFeedback(nn.Module):
             if point not in taps:
                 raise ValueError(f"feedback point {point!r} was never reached in the forward pass, expected once")
             h, version = taps[point]
-            if self.rule in LEARNED and version != _version(h):
+            if RULES[self.rule].learns and version != _version(h):
                 raise ValueError(
                     f"the output of feedback point {point!r} was changed in place further up, expected it as it was:"
                     " make that operation not in place, or move the point behind it"
@@ -234,16 +238,25 @@ class DirectFeedback(nn.Module):
         if point in under_way.taps:
             raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
         under_way.taps[point] = h, _version(h)
-        if not under_way.cut or self.rule in CHAINED:
+        if not under_way.cut or RULES[self.rule].chained:
             return None
         if under_way.zeros is not None:
             feedback = getattr(self.feedback, _feedback_name(point))
-            options = {"inplace_lr": self._feedback_lr, "inplace_weight_decay": self._feedback_weight_decay}
-            zero = feedback_point(h, feedback, name=f" {point!r}", target=under_way.target, **options)
+            zero = feedback_point(
+                h,
+                feedback,
+                rule=self.rule,
+                name=f" {point!r}",
+                target=under_way.target,
+                inplace_lr=self._feedback_lr,
+                inplace_weight_decay=self._feedback_weight_decay,
+            )
             under_way.zeros.append(zero)
         return h.detach()
 
-    def _replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Tensor) -> Tensor | None:
+    def _replace_backward(
+        self, name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple, named: dict, out: Tensor
+    ) -> Tensor | None:
         if self._pass is None or not self._pass.cut:
             return None
         x = inputs[0] if inputs else named["input"]
@@ -257,7 +270,13 @@ class DirectFeedback(nn.Module):
         return None
 
     def extra_repr(self) -> str:
-        return f"rule={self.rule}, points={self.points}" + (f", update={self.update}" if self.rule in LEARNED else "")
+        update = f", update={self.update}" if RULES[self.rule].learns else ""
+        return f"rule={self.rule}, points={self.points}{update}"
+
+
+def learned_rules() -> tuple[str, ...]:
+    """The rules whose B is learned at the points, by an optimiser of its own or in place."""
+    return tuple(name for name, rule in RULES.items() if rule.learns)
 
 
 def _feedback_name(point: str) -> str:
@@ -278,11 +297,11 @@ def _check_options(
     feedback_weight_decay: float | None,
 ) -> None:
     if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}, expected one of {RULES}")
+        raise ValueError(f"rule is {rule!r}, expected one of {', '.join(RULES)}")
     if update not in UPDATES:
         raise ValueError(f"update is {update!r}, expected one of {UPDATES}")
-    if update == "inplace" and rule not in LEARNED:
-        raise ValueError(f'update="inplace" needs a rule of {LEARNED}, got {rule!r}')
+    if update == "inplace" and not RULES[rule].learns:
+        raise ValueError(f'update="inplace" needs a rule of {learned_rules()}, got {rule!r}')
     if (update == "inplace") != (feedback_lr is not None):
         raise ValueError(f'feedback_lr goes with update="inplace": got feedback_lr={feedback_lr}, update={update!r}')
     if feedback_weight_decay is not None and update != "inplace":

@@ -1,11 +1,12 @@
 """AlexNet with batch norm, as Webster, Choi, Ahn 2020 train it on CIFAR-100."""
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
 
-def conv_block(in_channels: int, out_channels: int, pool: bool = False, **shape: int) -> nn.Sequential:
+def conv_block(in_channels: int, out_channels: int, pool: bool = False, **shape: Any) -> nn.Sequential:
     """Convolution, batch norm, ReLU and, where asked for, a 3x3 max-pool of stride 2."""
     block = nn.Sequential(
         OrderedDict(

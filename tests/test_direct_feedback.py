@@ -10,13 +10,13 @@ from reference import convnet_gradients, mlp_gradients
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from feedback import DirectFeedback, direct_feedback
+from feedback import RULES, DirectFeedback, Rule, direct_feedback
 from models import ConvNet
 
 LEARNING = [("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01})]
 IDS = ["DFA", "DKP-optimizer", "DKP-inplace"]
-WITH_B = [("FA", {}), ("KP", {}), *LEARNING, ("LAS", {}), ("LAS", LEARNING[2][1])]
-WITH_B_IDS = ["FA", "KP", *IDS, "LAS-optimizer", "LAS-inplace"]
+WITH_B = [("FA", {}), ("KP", {}), *LEARNING, ("LAS", {}), ("LAS", LEARNING[2][1]), ("DRTP", {})]
+WITH_B_IDS = ["FA", "KP", *IDS, "LAS-optimizer", "LAS-inplace", "DRTP"]
 ALL = [("BP", {}), *WITH_B]
 ALL_IDS = ["BP", *WITH_B_IDS]
 
@@ -565,3 +565,38 @@ def test_optimizer_update_works_under_an_fp16_grad_scaler():
     scaler.unscale_(optimizer)
     for name, value in gradients(net).items():
         assert (value.double() - exact[name]).norm() <= 0.02 * exact[name].norm() + 1e-3, name
+
+
+def test_the_wrapper_can_be_taken_off():
+    x, y = data()
+    for rule in RULES:
+        net = make(rule)
+        bare = small_net()
+        bare.load_state_dict(net.model.state_dict())
+        model = net.unwrap()
+        assert model is net.model and not any(module._forward_hooks for module in model.modules())
+        model.train(), bare.train()
+        expected, got = (torch.autograd.grad(F.cross_entropy(m(x), y), list(m.parameters())) for m in (bare, model))
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_rule_of_ones_own_is_a_line_in_the_registry(monkeypatch):
+    def halved(error_NK, h_ND, feedback_KD, target_N):
+        return error_NK / 2
+
+    monkeypatch.setitem(RULES, "HALF", Rule("HALF", sent=halved))
+    x, y = data()
+    grads = {}
+    for rule in ("DFA", "HALF"):
+        torch.manual_seed(0)
+        grads[rule] = step(make(rule), x, y)
+    name = "model.0.0.weight"
+    torch.testing.assert_close(grads["HALF"][name], grads["DFA"][name] / 2)
+
+
+def test_matrices_lists_b_of_every_rule():
+    shapes = {rule: [tuple(B.shape) for B in make(rule).matrices()] for rule in RULES}
+    assert shapes.pop("BP") == []
+    layers = shapes.pop("FA")
+    assert layers == shapes.pop("KP") and layers
+    assert len({str(direct) for direct in shapes.values()}) == 1 and len(shapes["DFA"]) == len(POINTS)

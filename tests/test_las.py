@@ -75,7 +75,7 @@ def test_inplace_update_equals_sgd_step_for_step(build):
 def test_the_function_takes_the_target():
     net, x, y = mlp()
     logits, activations = net.tapped_forward(x, cut=True)
-    F.cross_entropy(direct_feedback(logits, activations, net.matrices(), target=y), y).backward()
+    F.cross_entropy(direct_feedback(logits, activations, net.matrices(), rule="LAS", target=y), y).backward()
     for B, value in zip(net.matrices(), readout_gradients(net, x, y), strict=True):
         torch.testing.assert_close(B.grad, value)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from feedback import LEARNED, RULES, UPDATES
+from feedback import RULES, UPDATES, learned_rules
 from training.checkpoint import CONTENT, TRAINED, find_checkpoint, load_checkpoint
 
 RECIPES = Path(__file__).parent / "recipes.json"  # of each net: the best flags of each rule; what else is known
@@ -119,7 +119,7 @@ def add_common_arguments(
 
     rule = parser.add_argument_group("rule and B").add_argument
     rule("--train-mode", type=str.upper, choices=RULES, default="DKP", help="learning rule (default: DKP)")
-    learned = " or ".join(LEARNED)
+    learned = " or ".join(learned_rules())
     rule(
         "--b-update", choices=UPDATES, help=f"{learned}: B learns by Adam or in the backward pass (default: optimizer)"
     )
@@ -157,7 +157,7 @@ def recipe_flags(parser: Parser, argv: Sequence[str], model: str) -> list[str]:
     recipes = json.loads(RECIPES.read_text())[model]
     if asked.recipe == "best":
         in_place = recipes["best"].get(f"{asked.train_mode} inplace") if asked.b_update == "inplace" else None
-        return in_place or recipes["best"][asked.train_mode]
+        return in_place or recipes["best"].get(asked.train_mode, [])
     if asked.train_mode in recipes["original_diverges"]:
         print(f"warning: {model} diverges by {asked.train_mode} with the original's settings", file=sys.stderr)
     return []
@@ -165,7 +165,7 @@ def recipe_flags(parser: Parser, argv: Sequence[str], model: str) -> list[str]:
 
 def advice(args: argparse.Namespace) -> str:
     """What to try where a run with these arguments diverges."""
-    rates = "--lr or --b-lr" if args.train_mode in LEARNED else "--lr"
+    rates = "--lr or --b-lr" if RULES[args.train_mode].learns else "--lr"
     return f"try {'--recipe best, or ' if args.recipe == 'original' else ''}a lower {rates}"
 
 
@@ -210,7 +210,8 @@ def parse_run_arguments(
         args.resume = str(path)
     elif uses_net:
         parser.error(f"{'--evaluate' if args.evaluate else '--classify'} needs --resume: the trained net")
-    if args.train_mode in LEARNED:
+    rule = RULES[args.train_mode]
+    if rule.learns:
         args.b_update = args.b_update or "optimizer"
         defaults = dict(parser.feedback_defaults)
         if args.b_update == "inplace":
@@ -221,10 +222,10 @@ def parse_run_arguments(
     else:
         for key in ("b_update", *parser.feedback_defaults):
             if getattr(args, key) is not None:
-                why = "B is trained as W is" if args.train_mode == "KP" else "B is not trained"
-                parser.error(f"{flag(key)} needs --train-mode {' or '.join(LEARNED)}, got {args.train_mode}: {why}")
-    if args.train_mode == "BP" and args.b_scale is not None:
-        parser.error("--b-scale does not go with --train-mode BP: there is no B")
-    if args.train_mode != "BP" and args.b_scale is None:
-        args.b_scale = parser.learned_b_scale if args.train_mode in LEARNED else 1.0
+                why = "B is trained as W is" if rule.as_weight else "B is not trained"
+                parser.error(f"{flag(key)} needs --train-mode {' or '.join(learned_rules())}, got {rule.name}: {why}")
+    if not rule.has_feedback and args.b_scale is not None:
+        parser.error(f"--b-scale does not go with --train-mode {rule.name}: there is no B")
+    if rule.has_feedback and args.b_scale is None:
+        args.b_scale = parser.learned_b_scale if rule.learns else 1.0
     return args, checkpoint

@@ -6,7 +6,7 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
-from feedback import LEARNED, DirectFeedback
+from feedback import RULES, DirectFeedback
 
 SCHEDULES = ("constant", "one-cycle")
 WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
@@ -25,7 +25,7 @@ def wrap(args: Namespace, model: nn.Module, example: Tensor) -> DirectFeedback:
 
 def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> list[torch.optim.Optimizer]:
     """SGD with momentum for the weights, and for KP's B with them; where B has an optimiser of its own, Adam for B."""
-    weights = net.parameters() if args.train_mode == "KP" else net.model.parameters()
+    weights = net.parameters() if RULES[args.train_mode].as_weight else net.model.parameters()
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(weights, args.lr, momentum=args.momentum, nesterov=nesterov, weight_decay=args.wd, fused=True)
     ]
@@ -56,10 +56,10 @@ def set_learning_rates(
     lr = args.lr
     if args.schedule == "one-cycle":
         lr *= one_cycle(((epoch - 1) * steps + step - 0.5) / (args.epochs * steps))  # a step is at its middle
-    b_lr = args.b_lr * args.gamma ** (epoch - 1) if args.train_mode in LEARNED else None
+    b_lr = args.b_lr * args.gamma ** (epoch - 1) if RULES[args.train_mode].learns else None
     for optimizer, value in zip(optimizers, (lr, b_lr), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = value
     if args.b_update == "inplace":
         net.feedback_lr = b_lr
-    return {"lr": lr, "feedback_lr": lr if args.train_mode == "KP" else b_lr}
+    return {"lr": lr, "feedback_lr": lr if RULES[args.train_mode].as_weight else b_lr}

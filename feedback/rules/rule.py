@@ -1,0 +1,53 @@
+"""What a learning rule is made of.
+
+Shapes: N images, K classes, D features of one block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ErrorOf = Callable[..., Tensor]  # (e (N, K), h (N, D), B (K, D), labels (N,)) to (N, K); h is None for `sent`
+
+
+def output_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, target_N: Tensor | None) -> Tensor:
+    """e itself, dL/dlogits (N, K)."""
+    return error_NK
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a rule brings the error to the blocks, and whether B learns.
+
+    Attributes:
+        name: of `--train-mode` and of `DirectFeedback`.
+        sent: what meets B at a point, giving grad_h = sent @ B (N, D). None where the error goes backward layer by
+            layer, so that a block waits for the blocks above it.
+        correlated: what meets h, giving grad_B = correlated^T @ h (K, D). None where B is not of a point, or fixed.
+        layerwise: B has the shape of each layer's weight, and carries the error through that layer.
+        as_weight: B gets the gradient of the weight and belongs into its optimiser (layerwise rules only).
+        needs_target: `sent` or `correlated` reads the labels.
+    """
+
+    name: str
+    sent: ErrorOf | None = None
+    correlated: ErrorOf | None = None
+    layerwise: bool = False
+    as_weight: bool = False
+    needs_target: bool = False
+
+    @property
+    def chained(self) -> bool:
+        """Whether a block's backward waits for the block above."""
+        return self.sent is None
+
+    @property
+    def learns(self) -> bool:
+        """Whether B is learned at the points, by an optimiser of its own or in place."""
+        return self.correlated is not None
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether there is a B at all."""
+        return self.layerwise or not self.chained
