@@ -1,14 +1,11 @@
-"""2-conv/2-FC net on CIFAR-10, trained by BP, FA, KP, DFA, DKP or LAS.
+"""2-conv/2-FC net on CIFAR-10, trained by any rule of feedback/rules.
 
 Run:    python main.py --train-mode LAS --epochs 12 --precision bf16 --channels-last
-Result: 72.61 +- 0.25 % test accuracy (n=3; BP 74.27, DKP 66.74, DFA 66.13), 24 to 34 seconds an epoch on one thread of
-        an AMD EPYC, torch 2.13.0
+Result: 72.61 +- 0.25 % test accuracy (n=3; BP 74.27, DKP 66.74, DFA 66.13), a median of 27 seconds an epoch on one
+        thread of an AMD EPYC, torch 2.13.0
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
 """
 
-import functools
-import itertools
-import math
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -16,34 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from feedback import DirectFeedback
 from models import ConvNet
 from training.arguments import Parser, add_common_arguments, advice, parse_run_arguments, positive_int, run_script
-from training.checkpoint import save_checkpoint, trained_state
+from training.batches import Data, whole_images
+from training.checkpoint import trained_state
 from training.classify import classify
-from training.data import Batches, batches, epoch_order, load_images, normalise
-from training.loop import Job, evaluate, fit, restore, test_line
-from training.memory import reuse_memory
-from training.run import count, make_run_folder, write_config
-from training.setup import SCHEDULES, make_optimizers, set_learning_rates, wrap
+from training.data import load_images
+from training.evaluate import evaluate, in_a_line, measure_angles
+from training.machine import reuse_memory
+from training.optim import SCHEDULES, learning_rates, make_optimizers, set_learning_rates, wrap
+from training.run import Run, RunEndedError, make_run_folder, plural, write_config
 
 IMAGE_SIZE = 32
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = (
-    "recipe",
-    "train_mode",
-    "dataset",
-    "b_update",
-    "b_scale",
-    "batch_size",
-    "seed",
-    "precision",
-    "dry_run",
-    "fc_norm",
-    "schedule",
-    "validation",
-)
-NOT_KEPT = {"out", "resume", "evaluate", "classify"}  # not of the experiment, so not in the checkpoint
+FIXED_BY_THE_CHECKPOINT = ("recipe", "train_mode", "dataset", "b_update", "b_scale", "batch_size", "seed")
+FIXED_BY_THE_CHECKPOINT += ("precision", "dry_run", "fc_norm", "schedule", "validation")
+NOT_KEPT = {"out", "resume", "evaluate", "classify"}  # no part of the experiment: not in the checkpoint
 
 
 def make_parser() -> Parser:
@@ -55,12 +44,7 @@ def make_parser() -> Parser:
     add = training.add_argument
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (original: 64)")
     add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (original: constant)")
-    add(
-        "--fc-norm",
-        action=BooleanOptionalAction,
-        default=False,
-        help="batch norm in fc1, which the original's net does not have",
-    )
+    add("--fc-norm", action=BooleanOptionalAction, default=False, help="batch norm in fc1 (original: none)")
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
     add = data.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
@@ -83,13 +67,53 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
     if args.fc_norm and args.batch_size == 1:
         parser.error("--batch-size: got 1, expected 2 or more for --fc-norm: a batch norm compares images")
     if checkpoint is not None and args.schedule != "constant" and checkpoint["args"]["epochs"] != args.epochs:
-        laid_out = count(checkpoint["args"]["epochs"], "epoch")
-        parser.error(f"--epochs: --schedule {args.schedule} was laid out for {laid_out}")
+        laid_out = plural(checkpoint["args"]["epochs"], "epoch")
+        parser.error(f"--epochs: --schedule {args.schedule} was laid out for {laid_out}: start a new run")
     return args, checkpoint, parser
 
 
+def autocast(args: Namespace, device: torch.device) -> torch.autocast:
+    """The context of forward passes: bfloat16 with --precision bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def train(
+    args: Namespace,
+    net: DirectFeedback,
+    train_net: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    data: Data,
+    run: Run,
+) -> None:
+    """Train from where `run` is to its last epoch. `train_net` is `net`, or DistributedDataParallel around it.
+
+    Raises:
+        RunEndedError: the run ends early; its message and status say how.
+    """
+    precision = autocast(args, run.device)
+    with run:
+        while run.epoch < run.epochs:
+            net.train()
+            for x, y, weight in run.batches():
+                rates = learning_rates(args, run.epoch + 1, run.step + 1, run.steps)
+                set_learning_rates(rates, optimizers, net)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                with precision:
+                    logits = train_net(x, y)
+                    loss = F.cross_entropy(logits, y)
+                loss_value = run.check(loss, len(y))
+                (loss * weight).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                run.count(loss_value, logits, y)
+            tested = evaluate(net, data.test(), precision)
+            angles = measure_angles(net, data.probe, precision)
+            run.end_epoch(tested, angles, learning_rates(args, run.epoch + 1, run.steps, run.steps))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit status of `training.loop.fit`."""
+    """Run the command line and return the exit status: 0, or the one of the error that ended the run."""
     args, checkpoint, parser = parse_arguments(argv)
     reuse_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
@@ -97,79 +121,62 @@ def main(argv: list[str] | None = None) -> int:
         if args.classify is not None:
             model = ConvNet(len(checkpoint["classes"]), args.fc_norm).to(device)
             return classify(model, checkpoint, args.classify, resized=IMAGE_SIZE, size=IMAGE_SIZE)
-        data = load_images(args.dataset, args.data).to(device)
+        images = load_images(args.dataset, args.data).to(device)
         if args.validation is not None:
-            data = data.hold_out(args.validation)
-        args.dataset = data.name
-        images = len(data.x_train)
-        steps = math.ceil(images / args.batch_size)
-        if args.fc_norm and images % args.batch_size == 1:  # a last batch of one image: batch norm cannot train on it
-            steps -= 1
-        if steps == 0:
-            raise ValueError(f"{data.source}: {count(images, 'training image')}, expected 2 or more for --fc-norm")
+            images = images.hold_out(args.validation)
+        args.dataset = images.name
+        least = 2 if args.fc_norm else 1  # a batch norm in fc1 cannot train on one image
+        limit = 1 if args.dry_run and not args.evaluate else None
+        sizes = (args.batch_size, args.test_batch_size)
+        data = whole_images(images, *sizes, args.seed, PROBE_IMAGES, least=least, limit=limit)
         name = f"{args.dataset}-{args.train_mode}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = Path(args.resume).parent if args.resume else Path(args.out or f"runs/{name}")
+        folder = Path(args.resume).parent if args.resume else Path(args.out or f"runs/{name}")
         if checkpoint is None:
-            make_run_folder(run, "ConvNet")
+            make_run_folder(folder, "ConvNet")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
     torch.manual_seed(args.seed)
-    model = ConvNet(data.num_classes, args.fc_norm).to(device)
+    model = ConvNet(len(data.classes), args.fc_norm).to(device)
     example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     if args.channels_last:
         model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
     net = wrap(args, model, example)
     optimizers = make_optimizers(args, net, nesterov=True)
-    limit = 1 if args.dry_run else None
-    steps = limit or steps
-
-    def train_batches(epoch: int, seen: int) -> Batches:
-        order = epoch_order(images, args.seed, epoch)[seen:].to(device)
-        return batches(data.x_train, data.y_train, args.batch_size, order)
-
-    def test_batches() -> Batches:
-        return itertools.islice(batches(data.x_test, data.y_test, args.test_batch_size), limit)
-
-    job = Job(
-        net=net,
-        train_net=net,
-        optimizers=optimizers,
-        set_learning_rates=functools.partial(set_learning_rates, args, net, optimizers, steps),
-        train_batches=train_batches,
-        test_batches=test_batches,
-        probe=(normalise(data.x_train[:PROBE_IMAGES]), data.y_train[:PROBE_IMAGES]),
-        train_images=images,
-        steps=steps,
-        epochs=args.epochs,
-        folder=run,
-        classes=data.classes,
-        settings={key: value for key, value in vars(args).items() if key not in NOT_KEPT},
-        data=data.sha256(),
-        model_name="ConvNet",
-        command=f"python main.py --resume {run}",
+    run = Run(
+        folder,
+        net,
+        optimizers,
+        data,
+        args,
+        model="ConvNet",
+        not_kept=NOT_KEPT,
+        command=f"python main.py --resume {folder}",
         advice=advice(args),
-        bfloat16=args.precision == "bf16",
         log_interval=args.log_interval,
         split="test" if args.validation is None else "validation",
     )
     try:
         if args.evaluate:
             model.load_state_dict(trained_state(checkpoint))
-            print(test_line(job, evaluate(job)))
+            print(in_a_line(evaluate(net, data.test(), autocast(args, device)), run.split))
             return 0
         if checkpoint is not None:
-            restore(job, checkpoint)
-        write_config(run, vars(args), data.source, device)
+            run.restore(checkpoint)
+        write_config(folder, vars(args), data.where, device)
     except (ValueError, RuntimeError, OSError) as error:
-        parser.error(f"{run}: {error}")
+        parser.error(f"{folder}: {error}")
     del checkpoint
-    print(f"{args.train_mode} on {data.source}, {device}; run folder {run}", flush=True)
-    status = fit(job)
-    if status == 0 and args.save_model:
-        save_checkpoint(run / "model.pt", model.state_dict())
-        print(f"see {run / 'model.pt'}")
-    return status
+    print(f"{args.train_mode} on {data.where}, {device}; run folder {folder}", flush=True)
+    try:
+        train(args, net, net, optimizers, data, run)
+        print(run.report())
+        if args.save_model:
+            run.save_model()
+    except RunEndedError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    return 0
 
 
 if __name__ == "__main__":

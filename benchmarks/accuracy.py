@@ -31,15 +31,17 @@ import main as convnet
 from feedback import RULES, learned_rules
 from training.arguments import Parser, positive_int, run_script, seed
 from training.checkpoint import NAMES
-from training.loop import DIVERGED
+from training.machine import REPOSITORY
 from training.plot import Panel, Row, angle_titles, draw, read_metrics
-from training.run import REPOSITORY, count
+from training.run import DIVERGED, plural
 from training.synthetic import synthetic_images
 
 RUNS, COMMITTED = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
 VERSION = 3  # of the layout of sweep.json
 # not for the user to give
-OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run", "--evaluate", "--classify")
+OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")
+OF_THE_SWEEP += ("-e", "--evaluate", "--classify", "--save-model")
+NAMED = ("best", "original")  # recipes that the scripts know
 HELD_OUT = 5000  # training images on which a search of CIFAR-10's net chooses settings
 DEVIATIONS = 2  # a reproduction further than this from what is committed is named
 
@@ -208,6 +210,9 @@ def read_recipe(path: Path, modes: Sequence[str]) -> dict[str, list[str]]:
         recipe = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--recipe: cannot read {path}, expected original, best or a recipe.json ({error})") from error
+    lists = [list(map(str, flags)) == flags for flags in recipe.values()]
+    if not all(lists) or path.stem in NAMED:
+        raise ValueError(f"--recipe: {path} is no recipe: expected lists of flags, and another name than best.json")
     missing = [mode for mode in modes if mode not in recipe]
     if missing:
         raise ValueError(f"--recipe: {path} has nothing for {', '.join(missing)}")
@@ -232,6 +237,15 @@ def is_over(folder: Path, epochs: int) -> bool:
     return len(read_metrics(folder)) >= epochs or (folder / "failed").exists()
 
 
+def command_line(run: Run, folder: Path, args: Namespace) -> list[str]:
+    """The training script's command line for a new run in `folder`."""
+    net = NETS[args.net]
+    flags = [*net.data_flag, str(args.data), "--train-mode", run.mode, "--seed", str(run.seed)]
+    flags += ["--epochs", str(args.epochs), "--dataset", net.dataset, "--out", str(folder)]
+    flags += ["--recipe", run.recipe if run.recipe in NAMED else "original"]
+    return [*flags, *net.flags, *(search_flags(args) if args.search else ()), *run.settings, *run.flags]
+
+
 def train(run: Run, folder: Path, args: Namespace) -> None:
     """Train `run` to its end, from where it is; leave a file "failed" if its loss or weights were not finite.
 
@@ -241,16 +255,11 @@ def train(run: Run, folder: Path, args: Namespace) -> None:
         SystemExit: it was stopped by a signal, could not write its files, or the script refused its command line.
     """
     net = NETS[args.net]
-    data = [*net.data_flag, str(args.data)]
     if (folder / NAMES[net.model]).exists():
-        flags = ["--resume", str(folder)]
+        flags = [*net.data_flag, str(args.data), "--resume", str(folder)]
     else:
-        flags = ["--train-mode", run.mode, "--seed", str(run.seed), "--epochs", str(args.epochs)]
-        flags += [*net.flags, *(search_flags(args) if args.search else ())]
-        flags += ["--dataset", net.dataset, "--out", str(folder)]
-        flags += ["--recipe", "original" if run.settings else run.recipe]
-        flags += [*run.settings, *run.flags]
-    status = net.script.main([*data, *flags])
+        flags = command_line(run, folder, args)
+    status = net.script.main(flags)
     if status == DIVERGED:
         (folder / "failed").touch()
     elif status:
@@ -266,7 +275,7 @@ def search_flags(args: Namespace) -> Sequence[str]:
 def sweep(runs: list[Run], to_come: int, folder: Path, args: Namespace) -> None:
     """Train all `runs` that are not over nor another process's; after each, write the results of the whole sweep.
 
-    `to_come` is how many more runs will follow these.
+    The plots are drawn at the end. `to_come` is how many more runs will follow these.
     """
     for number, run in enumerate(runs, start=1):
         with locked(folder / run.name) as free:
@@ -280,6 +289,7 @@ def sweep(runs: list[Run], to_come: int, folder: Path, args: Namespace) -> None:
             train(run, folder / run.name, args)
         publish(runs, folder, args)
     publish(runs, folder, args)
+    draw_results(folder, args)
 
 
 def publish(runs: list[Run], folder: Path, args: Namespace) -> None:
@@ -299,12 +309,12 @@ def what_is_left(runs: list[Run], to_come: int, runs_folder: Path, epochs: int) 
     left += epochs * to_come
     seconds = [float(row["seconds"]) for rows in done.values() for row in rows]
     if not seconds:
-        return f"{count(left, 'epoch')} to go"
-    return f"{count(left, 'epoch')} to go, about {timedelta(seconds=round(left * statistics.mean(seconds)))} left"
+        return f"{plural(left, 'epoch')} to go"
+    return f"{plural(left, 'epoch')} to go, about {timedelta(seconds=round(left * statistics.mean(seconds)))} left"
 
 
 def write_results(runs: list[Run], folder: Path, args: Namespace) -> None:
-    """Write metrics.csv and table.md; for a search recipe.json and runner-up.json too, else the plots."""
+    """Write metrics.csv and table.md; for a search recipe.json and runner-up.json too."""
     rows = [
         {"mode": run.mode, "seed": str(run.seed), "recipe": run.recipe}
         | {"settings": " ".join(run.settings), "flags": " ".join(run.flags)}
@@ -327,14 +337,21 @@ def write_results(runs: list[Run], folder: Path, args: Namespace) -> None:
             found = best_outcomes(outcomes, place)
             recipe = {mode: NETS[args.net].flags + found[mode].settings for mode in RULES if mode in found}
             (folder / name).write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def draw_results(folder: Path, args: Namespace) -> None:
+    """Draw the plots of the sweep in `folder`, from its metrics.csv; none of a search."""
+    rows = read_metrics(folder)
+    if args.search or not rows:
         return
+    split = split_of(rows)
     curves = {mode: [row for row in rows if row["mode"] == mode] for mode in RULES}
     accuracy = [Panel(f"{split}_accuracy", "", f"{split} accuracy, %")]
     draw(curves, accuracy, folder / "accuracy.png", (8, 4.5), per_row=1)
     for what in ("signal", "gradient"):
         panels = [
             Panel(column, title, "angle to BP's, degrees")
-            for column, title in angle_titles(rows[0]).items()
+            for column, title in angle_titles(list(rows[0])).items()
             if title.startswith(what)
         ]
         if panels:
@@ -402,7 +419,7 @@ def table(outcomes: list[Outcome], split: str, args: Namespace) -> str:
     common = [*NETS[args.net].flags, *(search_flags(args) if args.search else ())]
     lines += [
         "",
-        f"Accuracy on the {split} images after {count(args.epochs, 'epoch')}: mean and standard deviation over n",
+        f"Accuracy on the {split} images after {plural(args.epochs, 'epoch')}: mean and standard deviation over n",
         f"seeds. The best epoch is picked on the {split} images themselves, so it flatters: the last is the result.",
         "The training loss is the last epoch's mean. failed: runs whose loss or weights diverged.",
         *([f"Every run: `{' '.join(common)}`, unless its settings say otherwise."] if common else []),
@@ -475,9 +492,9 @@ def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
     if args.search:
         return [run for mode in args.modes for run in search_runs(mode, folder, args, flags)]
     recipe: dict[str, Sequence[str]] = dict.fromkeys(args.modes, ())
-    if args.recipe not in ("original", "best"):
-        recipe = read_recipe(Path(args.recipe), args.modes)
-    name = "original" if args.recipe == "original" else "best"
+    name = args.recipe
+    if name not in NAMED:
+        name, recipe = Path(args.recipe).stem, read_recipe(Path(args.recipe), args.modes)
     return [Run(mode, seed, name, tuple(recipe[mode]), tuple(flags)) for seed in args.seeds for mode in args.modes]
 
 
@@ -522,8 +539,8 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error(f"{flag} is what a search tries")
         if args.recipe != "best":
             parser.error("--recipe does not go with --search: a search finds one")
-    kind = "search" if args.search else "original" if args.recipe == "original" else "best"
-    args.name = args.name or f"{net.dataset}-{kind}-{count(args.epochs, 'epoch').replace(' ', '-')}"
+    kind = "search" if args.search else Path(args.recipe).stem
+    args.name = args.name or f"{net.dataset}-{kind}-{plural(args.epochs, 'epoch').replace(' ', '-')}"
     with tempfile.TemporaryDirectory() if args.quick else nullcontext() as scratch:
         folder = RUNS / args.name
         if scratch is not None:
@@ -536,6 +553,8 @@ def main(argv: list[str] | None = None) -> int:
             before = runs
             try:
                 runs = make_runs(args, flags, folder)
+                for run in runs:  # a mistake in them is told before anything is written
+                    net.script.parse_arguments(command_line(run, folder / run.name, args))
                 with locked(folder, wait=True):
                     remembered(folder, runs, args)
             except (ValueError, OSError) as error:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.raw import write_raw
 from training.arguments import positive_int
+from training.batches import crops
 from training.data import checked_set
-from training.images import cifar_source
-from training.run import hardware
+from training.machine import hardware
 from training.synthetic import synthetic_images
 from training.torchvision_import import import_torchvision
 
@@ -32,10 +33,7 @@ class PerImage(Dataset):
     """The same images as PIL images through torchvision's transforms."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        import_torchvision()
-        from PIL import Image
-        from torchvision.transforms import v2
-
+        v2 = import_torchvision().transforms.v2
         self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         self.labels = labels
         normalise = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
@@ -71,11 +69,11 @@ def main() -> None:
     device = torch.device(args.device)
     arrays = synthetic_images(100, 12 * BATCH, BATCH)
     data = checked_set("synthetic", "made for this", 100, arrays)
-    whole = cifar_source(data.to(device), SIZE, BATCH, 1, 2)
+    whole = crops(data.to(device), SIZE, BATCH, 1, 2)
     loader = DataLoader(PerImage(data.x_train, data.y_train), BATCH, shuffle=True, num_workers=WORKERS)
     speeds: dict[str, list[float]] = {"whole batches": [], f"torchvision, {WORKERS} workers": []}
     for epoch in tqdm(range(1 if args.quick else args.rounds), unit="round", leave=False, disable=None):
-        speeds["whole batches"].append(images_per_second(whole.train_batches(epoch + 1, 0), device))
+        speeds["whole batches"].append(images_per_second(whole.train(epoch + 1, 0), device))
         speeds[f"torchvision, {WORKERS} workers"].append(images_per_second(loader, torch.device("cpu")))
     print(f"{hardware(device)}, torch {torch.__version__}, {len(speeds['whole batches'])} rounds")
     print("| pipeline | images/s, median | least | most |\n|---|---|---|---|")

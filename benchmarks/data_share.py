@@ -20,8 +20,9 @@ from benchmarks.raw import write_raw
 from feedback import DirectFeedback
 from models import ConvNet
 from training.arguments import positive_int
-from training.data import batches, epoch_order
-from training.run import hardware
+from training.batches import whole_images
+from training.data import ImageSet
+from training.machine import hardware
 
 
 def measure(batch_size: int, steps: int) -> tuple[list[float], list[float]]:
@@ -36,7 +37,8 @@ def measure(batch_size: int, steps: int) -> tuple[list[float], list[float]]:
         torch.optim.Adam(net.feedback.parameters(), 1e-4, weight_decay=1e-6, fused=True),
     ]
     data_s, step_s = [], []
-    stream = batches(x, y, batch_size, epoch_order(images, 1, 1))
+    data = whole_images(ImageSet("random", "random", 10, x, y, x[:1], y[:1]), batch_size, 1, seed=1, probe_images=1)
+    stream = data.train(1, 0)
     for _ in tqdm(range(steps + 5), desc=f"batch {batch_size}", unit="step", leave=False, disable=None):
         start = time.perf_counter()
         batch, labels, _ = next(stream)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -27,8 +28,7 @@ from benchmarks.raw import write_raw
 from models import ConvNet
 from training.arguments import positive_int
 from training.data import ImageSet, load_images
-from training.memory import reuse_memory
-from training.run import hardware
+from training.machine import hardware, reuse_memory
 from training.torchvision_import import import_torchvision
 
 BATCH, TEST_BATCH, WORKERS = 50, 1000, 2
@@ -44,10 +44,7 @@ class PerImage(Dataset):
     """Images as PIL images, transformed one by one."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        import_torchvision()
-        from PIL import Image
-        from torchvision import transforms
-
+        transforms = import_torchvision().transforms
         self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in x]
         self.labels = y.tolist()
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])

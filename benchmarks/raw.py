@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training.run import REPOSITORY, git_revision, hardware
+from training.machine import REPOSITORY, git_revision, hardware
 
 MEASURED = REPOSITORY / "runs" / "benchmarks"
 

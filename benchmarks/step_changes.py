@@ -22,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.raw import write_raw
 from benchmarks.step_time import WARM_UP, Cell, Step, make_step, quartiles, seconds
-from feedback import DirectFeedback, direct_feedback, functional
+from feedback import DirectFeedback, direct_feedback, functional, layout
 from training.arguments import positive_int
-from training.memory import reuse_memory
-from training.run import hardware
+from training.machine import hardware, reuse_memory
 
 DEVICE, BATCH = torch.device("cpu"), 64
 
@@ -65,7 +64,7 @@ def changes(variant: str, memory_format: str) -> dict[str, Step]:
     return {
         "as it is": make(),
         "all signals made at once": with_patch(make(), DirectFeedback, "forward", all_at_once),
-        "products over the whole batch": with_patch(make(), functional, "CACHED_BYTES", 0),
+        "products over the whole batch": with_patch(make(), layout, "CACHED_BYTES", 0),
         "optimisers not fused": make(fused=False),
         "e @ B in bfloat16 (not taken)": with_patch(make(), functional, "learning_signal", in_bfloat16),
     }

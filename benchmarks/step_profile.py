@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.raw import write_raw
 from benchmarks.step_time import VARIANTS, WARM_UP, Cell, make_step
 from training.arguments import positive_int
-from training.memory import reuse_memory
-from training.run import hardware
+from training.machine import hardware, reuse_memory
 
 DEVICE, BATCH, SHOWN = torch.device("cpu"), 64, 14
 

@@ -35,8 +35,7 @@ from benchmarks.raw import MEASURED, write_raw
 from feedback import DirectFeedback
 from models import AlexNet, ConvNet
 from training.arguments import positive_int
-from training.memory import reuse_memory
-from training.run import hardware
+from training.machine import hardware, reuse_memory
 
 WARM_UP = 3  # untimed steps of each variant
 VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or None where there is no wrapper

@@ -1,8 +1,9 @@
 """Direct feedback: learning signals for every block from the output error alone. Needs torch only."""
 
 from feedback.alignment import alignment
+from feedback.checks import UPDATES
 from feedback.functional import direct_feedback
-from feedback.rules import RULES, Rule
-from feedback.wrapper import UPDATES, DirectFeedback, learned_rules
+from feedback.rules import RULES, Rule, learned_rules
+from feedback.wrapper import DirectFeedback
 
 __all__ = ["RULES", "UPDATES", "DirectFeedback", "Rule", "alignment", "direct_feedback", "learned_rules"]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedback.functional import as_rows, direct_feedback
+from feedback.functional import direct_feedback
+from feedback.layout import as_rows
 from feedback.rules import RULES
 from feedback.state import untouched
 from feedback.wrapper import DirectFeedback

@@ -1,9 +1,9 @@
 """The direct-feedback star: the error at the logits goes straight to every feedback point.
 
 Two autograd Functions make it. `FeedbackPoint` stands at a block's output and holds the products with B; `Broadcast`
-stands at the logits and hands e = dL/dlogits to all of them. Autograd runs a node's backward in the reverse order of
-its making, so a point that is made as its block ends turns e into the block's learning signal when that block's own
-backward is next: no two signals live at a time.
+stands at the logits and hands e = dL/dlogits to all of them. Autograd runs nodes in reverse order of creation. A point
+is created when its block ends, so it runs just before that block's backward: only one learning signal is in memory at a
+time.
 
 Shapes: N batch, K classes, D features of one block (feature maps are flattened to D).
 """
@@ -16,31 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from feedback.checks import check_logits, check_point, check_target, refuse_float16, shape_of
+from feedback.layout import as_rows, from_rows, images_at_a_time, is_channels_last
 from feedback.rules import RULES
-
-FEW_IMAGES, PAGE_BYTES, CACHED_BYTES = range(16, 7, -1), 2**12, 2**21  # see `images_at_a_time`
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the memory of `x` is ordered (N, H, W, C) and in no other way."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def as_rows(x: Tensor, channels_last: bool) -> Tensor:
-    """Flatten (N, ...) to (N, D); a view where the memory of `x` has the order that `channels_last` names."""
-    return (x.permute(0, 2, 3, 1) if channels_last else x).flatten(1)
-
-
-def from_rows(rows_ND: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """Undo `as_rows`: view (N, D) as (N, *shape)."""
-    if not channels_last:
-        return rows_ND.view(-1, *shape)
-    channels, height, width = shape
-    return rows_ND.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 class FeedbackPoint(torch.autograd.Function):
-    """A zero of the error's shape (N, K) forward. In the backward pass e = dL/dlogits, the gradient of that zero, gives
+    """The forward pass returns zeros (N, K). In the backward pass their gradient is e = dL/dlogits; from e it computes
 
         grad_h = sent @ B                (N, D)  sent is e but for rules that say otherwise: DFA, Nokland 2016
         grad_B = correlated^T @ h        (K, D)  where B learns: e for DKP, Webster, Choi, Ahn 2020
@@ -63,7 +45,7 @@ class FeedbackPoint(torch.autograd.Function):
     ) -> Tensor:
         ctx.rule, ctx.dtype = rule, h.dtype
         learns = feedback.requires_grad or inplace_lr is not None
-        # `.data`: another forward's backward may change B before ours runs, and autograd need not object.
+        # `.data` skips autograd's version check: another backward pass may step B in place before this one runs
         saved = feedback if inplace_lr is None else feedback.data
         ctx.save_for_backward(saved, h if learns else None, target, inplace_lr, inplace_weight_decay)
         return h.new_zeros(len(h), len(feedback))
@@ -83,13 +65,13 @@ class FeedbackPoint(torch.autograd.Function):
             grad_h = from_rows(grad_h_ND, feedback.shape[1:], channels_last)
         if rule.correlated is not None and h is not None:
             h_ND = as_rows(h, channels_last)
-            error = rule.correlated(error, h_ND, feedback_KD.to(ctx.dtype), target)
-            if inplace_lr is not None:
-                error, h_ND = error.to(feedback.dtype), h_ND.to(feedback.dtype)
-                step_in_place(feedback_KD, error, h_ND, inplace_lr, inplace_weight_decay)
+            correlated_NK = rule.correlated(error, h_ND, feedback_KD.to(ctx.dtype), target)
+            if inplace_lr is not None:  # after the signal, which the old B gives
+                correlated_NK, h_ND = correlated_NK.to(feedback.dtype), h_ND.to(feedback.dtype)
+                step_in_place(feedback_KD, correlated_NK, h_ND, inplace_lr, inplace_weight_decay)
             elif ctx.needs_input_grad[5]:
                 new_KD = feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype)
-                grad_feedback_KD = add_correlation(new_KD, error.to(ctx.dtype), h_ND).to(feedback.dtype)
+                grad_feedback_KD = add_correlation(new_KD, correlated_NK.to(ctx.dtype), h_ND).to(feedback.dtype)
                 grad_feedback = from_rows(grad_feedback_KD, feedback.shape[1:], channels_last)
         return None, None, None, None, grad_h, grad_feedback
 
@@ -107,20 +89,6 @@ class Broadcast(torch.autograd.Function):
         return tuple(error_NK if needed else None for needed in ctx.needs_input_grad)
 
 
-def images_at_a_time(feedback_KD: Tensor, batch: int) -> int:
-    """Images per product with B: a few on a CPU if B fits in cache, otherwise the whole batch.
-
-    A product of the whole batch walks down all its rows at once, each in other pages of memory; rows of less than a
-    page are not worth it. In half precision it is the whole batch too, since a sum of e^T @ h over pieces would be
-    rounded at each.
-    """
-    if torch.compiler.is_compiling() or feedback_KD.device.type != "cpu" or feedback_KD.itemsize < 4:
-        return batch
-    if not PAGE_BYTES * len(feedback_KD) <= feedback_KD.nbytes <= CACHED_BYTES:
-        return batch
-    return next((rows for rows in FEW_IMAGES if batch % rows == 0), batch)
-
-
 def learning_signal(error_NK: Tensor, feedback_KD: Tensor) -> Tensor:
     """grad_h = e @ B, (N, D)."""
     batch, classes = error_NK.shape
@@ -131,13 +99,13 @@ def learning_signal(error_NK: Tensor, feedback_KD: Tensor) -> Tensor:
     return torch.bmm(errors, feedback_KD.expand(batch // rows, -1, -1)).view(batch, -1)
 
 
-def add_correlation(target_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: float = 0, alpha: float = 1) -> Tensor:
-    """target <- beta * target + alpha * e^T @ h, (K, D), where it lies; with beta 0 it may hold anything."""
-    rows = images_at_a_time(target_KD, len(error_NK))
+def add_correlation(out_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: float = 0, alpha: float = 1) -> Tensor:
+    """Update `out_KD` in place: out <- beta * out + alpha * e^T @ h. With beta 0 its old values are ignored."""
+    rows = images_at_a_time(out_KD, len(error_NK))
     for error_KN, h in zip(error_NK.T.split(rows, 1), h_ND.split(rows), strict=True):
-        target_KD.addmm_(error_KN, h, beta=beta, alpha=alpha)
+        out_KD.addmm_(error_KN, h, beta=beta, alpha=alpha)
         beta = 1
-    return target_KD
+    return out_KD
 
 
 def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
@@ -232,9 +200,10 @@ def direct_feedback(
         logits: (N, K), the network's output before the loss.
         activations: h_l, each (N, ...), still attached to its own block's graph.
         matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient learns.
-        rule: a direct rule of `feedback.RULES`: what meets B in the signal, and what meets h in B's gradient.
-        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them. No factor on the loss enters what a rule
-            makes of them.
+        rule: a direct rule of `feedback.RULES`: it defines which error is multiplied by B for the signal, and which by
+            h for B's gradient.
+        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them. Scaling the loss does not scale the terms
+            that the rule computes from them.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. Where
             torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number; pass a 0-d
@@ -261,42 +230,3 @@ def direct_feedback(
         for h, feedback in zip(activations, matrices, strict=True)
     ]
     return broadcast_error(logits, zeros)
-
-
-def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str) -> None:
-    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:])."""
-    if h.dim() < 2 or h.shape[0] != batch:
-        raise ValueError(f"activation{name} has shape {shape_of(h)}, expected ({batch}, D, ...): as many as logits")
-    expected = (classes, *h.shape[1:])
-    if feedback.shape != expected:
-        got = shape_of(feedback)
-        raise ValueError(f"feedback matrix{name} has shape {got}, expected {expected}: (K, *h.shape[1:])")
-
-
-def refuse_float16(x: Tensor) -> None:
-    """Raise ValueError where B would learn in a way that a GradScaler upsets: if `x`, or autocast there, is float16."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if torch.float16 in (autocast, x.dtype):
-        raise ValueError(
-            "the update of B in place, and rules that read the labels, got float16, expected float32 or bfloat16: a"
-            ' GradScaler scales the loss alone. Use bfloat16, or DKP with update="optimizer"'
-        )
-
-
-def check_logits(logits: Any) -> None:
-    """Raise ValueError unless `logits` is a Tensor (N, K)."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(f"direct feedback needs logits of shape (N, K), got {shape_of(logits)}")
-
-
-def check_target(target: Any, batch: int) -> None:
-    """Raise ValueError unless `target` is int64 class ids (N,)."""
-    if not isinstance(target, Tensor) or target.shape != (batch,) or target.dtype != torch.int64:
-        kind = f"{target.dtype} {shape_of(target)}" if isinstance(target, Tensor) else shape_of(target)
-        raise ValueError(f"target is {kind}, expected class ids torch.int64 ({batch},)")
-
-
-def shape_of(x: Any) -> str:
-    """For messages: a Tensor's shape, or another object's type."""
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else f"a {type(x).__name__}"

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from feedback.state import untouched
 
 LAYERS = (nn.Conv2d, nn.Linear)
-ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm)  # weights of any shape, but each multiplies one feature: none is transported
+ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm)  # each weight scales one feature: no matrix is transported
 
 
 class LayerFeedbackFunction(torch.autograd.Function):
@@ -48,7 +48,7 @@ class LayerFeedbackFunction(torch.autograd.Function):
                 grad_weight = grad_rows.T @ x.reshape(-1, x.shape[-1])
             if needs_bias:
                 grad_bias = grad_rows.sum(0)
-        else:  # of the weight that it is given, it reads the values for grad_x alone
+        else:  # it uses the values of its weight for grad_x alone, so it gets B
             stride, padding, dilation, groups = ctx.convolution
             mask = [needs_x, needs_weight, needs_bias]
             grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(

@@ -8,26 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from feedback.functional import (
-    broadcast_error,
-    check_logits,
-    check_target,
-    direct_feedback,
-    feedback_point,
-    is_channels_last,
-    refuse_float16,
-)
+from feedback.checks import check_logits, check_options, check_target, feedback_name, refuse_float16
+from feedback.functional import broadcast_error, direct_feedback, feedback_point
 from feedback.layerwise import feedback_layers, layer_feedback
+from feedback.layout import is_channels_last
 from feedback.rules import RULES
 from feedback.state import untouched
 
-UPDATES = ("optimizer", "inplace")
-
 
 class _Pass(NamedTuple):
-    """A forward pass under way: each point's h_l and its version, and where the points learn the zero of each, so far.
+    """State of the current forward pass: each point's output and its version counter, and the zeros made so far.
 
-    One object, since to set an attribute of an `nn.Module` is slow.
+    One object, since setting an attribute of an `nn.Module` is slow.
     """
 
     cut: bool
@@ -54,8 +46,8 @@ class DirectFeedback(nn.Module):
     B: with gradient accumulation B steps once per micro-batch. A loss scaled by a factor scales DKP's step too.
 
     Args:
-        model: maps one Tensor (N, ...) to logits (N, K). It gets forward hooks, by which a deep copy of the model
-            alone also copies this wrapper.
+        model: maps one Tensor (N, ...) to logits (N, K). The wrapper adds forward hooks to it, which refer to the
+            wrapper: deep-copying the model copies the wrapper too.
         points: names of submodules, each called once a forward pass, each returning one Tensor h_l (N, ...).
         rule: a key of `feedback.RULES`.
         example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
@@ -63,8 +55,8 @@ class DirectFeedback(nn.Module):
         update: "optimizer" or "inplace" (DKP and LAS only).
         feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled or not.
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
-        init: fills each B_l, seen as a (K, D_l) float matrix, in place. The default is kaiming-uniform with fan-in D_l,
-            as the original; for FA and KP, whose B is seen as (O, I, ...), the one of PyTorch's layers for W.
+        init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
+            kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
 
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
@@ -90,7 +82,7 @@ class DirectFeedback(nn.Module):
         init: Callable[[Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
-        _check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
+        check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
         self.model = model
         self.points = tuple(points)
         self.rule = rule
@@ -114,7 +106,7 @@ class DirectFeedback(nn.Module):
                     raise ValueError(
                         f"feedback point {point!r} returns the logits: expected a point below the last layer"
                     )
-            # an empty B of the right shape for each point: the function's own checks, in one place
+            # with empty matrices, for its checks of shapes
             direct_feedback(logits, activations, [h.new_empty(logits.shape[-1], *h.shape[1:]) for h in activations])
             layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
             for name, needs_feedback in layers.items():
@@ -138,7 +130,7 @@ class DirectFeedback(nn.Module):
         matrix = matrix_KD.view(classes, *h.shape[1:]).to(device=h.device, dtype=h.dtype)
         if is_channels_last(h):
             matrix = matrix.to(memory_format=torch.channels_last)
-        name = _feedback_name(point)
+        name = feedback_name(point)
         if hasattr(self.feedback, name):
             raise ValueError(f"layer {point!r} has the name of another but for '.' and '_': rename the module")
         if RULES[self.rule].as_weight or RULES[self.rule].learns:
@@ -207,7 +199,8 @@ class DirectFeedback(nn.Module):
     def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
         """Run the model; return its logits and each point's h_l.
 
-        With `cut`, as the rule trains: what flows on from h_l is detached, or (FA, KP) goes back through B; BP is BP.
+        With `cut`, build the graph that the rule trains with: h_l is detached; by FA and KP the gradient passes through
+        B; by BP nothing changes.
         """
         return self._run(x, _Pass(cut=cut, taps={}))
 
@@ -241,7 +234,7 @@ class DirectFeedback(nn.Module):
         if not under_way.cut or RULES[self.rule].chained:
             return None
         if under_way.zeros is not None:
-            feedback = getattr(self.feedback, _feedback_name(point))
+            feedback = getattr(self.feedback, feedback_name(point))
             zero = feedback_point(
                 h,
                 feedback,
@@ -260,7 +253,7 @@ class DirectFeedback(nn.Module):
         if self._pass is None or not self._pass.cut:
             return None
         x = inputs[0] if inputs else named["input"]
-        feedback = getattr(self.feedback, _feedback_name(name), None)
+        feedback = getattr(self.feedback, feedback_name(name), None)
         if feedback is not None:
             return layer_feedback(layer, x, out, feedback)
         if x.requires_grad:
@@ -274,46 +267,6 @@ class DirectFeedback(nn.Module):
         return f"rule={self.rule}, points={self.points}{update}"
 
 
-def learned_rules() -> tuple[str, ...]:
-    """The rules whose B is learned at the points, by an optimiser of its own or in place."""
-    return tuple(name for name, rule in RULES.items() if rule.learns)
-
-
-def _feedback_name(point: str) -> str:
-    return point.replace(".", "_")
-
-
 def _version(h: Tensor) -> int:
-    """How often `h` was written to; the compiler, which makes every operation out of place, needs no such number."""
+    """`h`'s version counter; under torch.compile 0, since compiled operations are never in place."""
     return 0 if torch.compiler.is_compiling() else h._version
-
-
-def _check_options(
-    model: nn.Module,
-    points: Sequence[str],
-    rule: str,
-    update: str,
-    feedback_lr: float | None,
-    feedback_weight_decay: float | None,
-) -> None:
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}, expected one of {', '.join(RULES)}")
-    if update not in UPDATES:
-        raise ValueError(f"update is {update!r}, expected one of {UPDATES}")
-    if update == "inplace" and not RULES[rule].learns:
-        raise ValueError(f'update="inplace" needs a rule of {learned_rules()}, got {rule!r}')
-    if (update == "inplace") != (feedback_lr is not None):
-        raise ValueError(f'feedback_lr goes with update="inplace": got feedback_lr={feedback_lr}, update={update!r}')
-    if feedback_weight_decay is not None and update != "inplace":
-        raise ValueError(f'feedback_weight_decay goes with update="inplace", got update={update!r}')
-    if isinstance(points, str) or not points:
-        raise ValueError(f"points is {points!r}, expected a sequence of one or more submodule names")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = sorted(filter(None, modules))
-    for i, point in enumerate(points):
-        if point not in names:
-            raise ValueError(f"feedback point {point!r} does not exist, expected one of {names}")
-        if modules[point] in [modules[earlier] for earlier in points[:i]]:
-            raise ValueError(f"feedback point {point!r} is given twice, expected each block once")
-        if _feedback_name(point) in map(_feedback_name, points[:i]):
-            raise ValueError(f"feedback point {point!r} has the name of another but for '.' and '_': rename the module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import main
 from training.synthetic import synthetic_images
 
 
@@ -46,3 +47,20 @@ def alexnet():
 def accuracy():
     """benchmarks/accuracy.py as a module."""
     return module_of("benchmarks/accuracy.py")
+
+
+@pytest.fixture
+def change_training_batches(monkeypatch):
+    """Let main.py train on what a function makes of each epoch's batches."""
+
+    def change(function):
+        def changed(*args, **options):
+            data = whole_images(*args, **options)
+            train = data.train
+            data.train = lambda epoch, seen: function(train(epoch, seen))
+            return data
+
+        monkeypatch.setattr(main, "whole_images", changed)
+
+    whole_images = main.whole_images
+    return change

@@ -1,6 +1,8 @@
 """What each rank of tests/test_distributed.py runs; a module of its own, so that spawned processes can import it."""
 
+import itertools
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -10,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+
+import main
 from feedback import DirectFeedback
-from training.loop import Job, train_epoch, train_metrics
-from training.run import StopRequest
+from training.batches import Data
+from training.run import Run
 
 POINTS = ("0", "2")
 
@@ -32,7 +36,7 @@ def make_net(rule, options):
 
 
 def train(net, train_net, rank, world, steps, folder):
-    """An epoch of training/loop.py on this rank's share of the same batches of 6 and, in every third step, 5 images.
+    """An epoch of main.py's loop on this rank's share of the same batches of 6 and, in every third step, 5 images.
 
     But not for LAS: a rank's own error e_l is the mean over its images, whatever their share of the batch.
     """
@@ -48,26 +52,24 @@ def train(net, train_net, rank, world, steps, folder):
             mine = slice(images * rank // world, images * (rank + 1) // world)
             yield x[mine], y[mine], images
 
-    job = Job(
-        net=net,
-        train_net=train_net,
-        optimizers=[torch.optim.SGD(learned, 0.02, momentum=0.9, weight_decay=0.01)],
-        set_learning_rates=lambda epoch, step: {},
-        train_batches=batches,
-        test_batches=lambda: iter(()),
-        probe=next(batches(1, 0))[:2],
-        train_images=6 * steps,
-        steps=steps,
-        epochs=1,
-        folder=folder,
+    data = Data(
+        name="random",
+        where="random",
         classes=["a", "b", "c"],
-        settings={},
-        data="",
-        model_name="",
-        command="",
+        images=6 * steps,
+        steps=steps,
+        train=batches,
+        test=lambda: itertools.islice(batches(1, 0), 1),
+        probe=next(batches(1, 0))[:2],
+        fingerprint="",
     )
-    assert train_epoch(job, StopRequest(), None)
-    return train_metrics(job)
+    args = Namespace(epochs=1, lr=0.02, schedule="constant", train_mode=net.rule, precision="fp32", gamma=1)
+    args.b_lr = net.feedback_lr or args.lr
+    optimizers = [torch.optim.SGD(learned, 0.02, momentum=0.9, weight_decay=0.01)]
+    kept = {"not_kept": set(), "command": "", "advice": "", "log_interval": 10}
+    run = Run(Path(folder), net, optimizers, data, args, model="ConvNet", **kept)
+    main.train(args, net, train_net, optimizers, data, run)
+    return run.rows[0]["train_loss"], run.rows[0]["train_accuracy"]
 
 
 def run(rank, world, port, modes, steps, folder):

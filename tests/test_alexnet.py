@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from models import AlexNet
-from training import images
+from training import batches
 from training.checkpoint import TRAINED, load_checkpoint
 from training.data import CIFAR
-from training.loop import DIVERGED
+from training.run import DIVERGED
 from training.synthetic import synthetic_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,18 +93,18 @@ def test_alexnet_has_the_originals_shapes():
 
 
 def as_world(monkeypatch, rank, world):
-    monkeypatch.setattr(images, "rank", lambda: rank)
-    monkeypatch.setattr(images, "world_size", lambda: world)
+    monkeypatch.setattr(batches, "rank", lambda: rank)
+    monkeypatch.setattr(batches, "world_size", lambda: world)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_the_same_global_batches_and_crops(monkeypatch, data_set, world):
-    source = images.cifar_source(data_set, 64, 12, 1, 4)
-    alone = [(x.clone(), y, n) for x, y, n in source.train_batches(1, 0)]
+    source = batches.crops(data_set, 64, 12, 1, 4)
+    alone = [(x.clone(), y, n) for x, y, n in source.train(1, 0)]
     shares = []
     for rank in range(world):
         as_world(monkeypatch, rank, world)
-        shares.append([(x.clone(), y, n) for x, y, n in source.train_batches(1, 0)])
+        shares.append([(x.clone(), y, n) for x, y, n in source.train(1, 0)])
     assert len(alone) == 4 and [len(share) for share in shares] == [4 if world == 2 else 3] * world
     for batch, parts in zip(alone, zip(*shares, strict=True), strict=False):
         assert all(n == batch[2] for _, _, n in parts)
@@ -114,22 +114,22 @@ def test_ranks_share_the_same_global_batches_and_crops(monkeypatch, data_set, wo
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_every_test_image_counts_once(monkeypatch, data_set, world):
-    source = images.cifar_source(data_set, 64, 12, 1, 4)
+    source = batches.crops(data_set, 64, 12, 1, 4)
     seen = []
     for rank in range(world):
         as_world(monkeypatch, rank, world)
-        seen += [image for x, _, _ in source.test_batches() for image in x.mean((1, 2, 3)).tolist()]
+        seen += [image for x, _, _ in source.test() for image in x.mean((1, 2, 3)).tolist()]
     as_world(monkeypatch, 0, 1)
-    expected = [image for x, _, _ in source.test_batches() for image in x.mean((1, 2, 3)).tolist()]
+    expected = [image for x, _, _ in source.test() for image in x.mean((1, 2, 3)).tolist()]
     assert len(seen) == 20 and np.allclose(sorted(seen), sorted(expected), atol=1e-5)
 
 
 def test_a_resumed_epoch_goes_on_with_the_same_crops(data_set):
-    source = images.cifar_source(data_set, 64, 12, 1, 4)
-    whole = [x.clone() for x, _, _ in source.train_batches(2, 0)]
-    rest = [x.clone() for x, _, _ in source.train_batches(2, 24)]
+    source = batches.crops(data_set, 64, 12, 1, 4)
+    whole = [x.clone() for x, _, _ in source.train(2, 0)]
+    rest = [x.clone() for x, _, _ in source.train(2, 24)]
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
-    other = next(source.train_batches(3, 0))[0]
+    other = next(source.train(3, 0))[0]
     assert not torch.equal(whole[0], other)
 
 
@@ -141,23 +141,23 @@ def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
             for i in range(count):
                 pixels = generator.integers(0, 256, (80, 90, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
-    make = lambda: images.folder_source(tmp_path, 64, 4, 1, 2, 0, torch.device("cpu"))  # noqa: E731
+    make = lambda: batches.image_folder(tmp_path, 64, 4, 1, 2, 0, torch.device("cpu"))  # noqa: E731
     source = make()
-    assert (source.classes, source.train_images, source.probe[0].shape) == (["cat", "dog"], 12, (2, 3, 64, 64))
-    whole = list(source.train_batches(1, 0))
+    assert (source.classes, source.images, source.probe[0].shape) == (["cat", "dog"], 12, (2, 3, 64, 64))
+    whole = list(source.train(1, 0))
     assert [n for _, _, n in whole] == [4, 4, 4] and whole[0][0].shape == (4, 3, 64, 64)
     assert -1 <= whole[0][0].min() < whole[0][0].max() <= 1
-    (x, y, _), *_ = make().train_batches(1, 8)
+    (x, y, _), *_ = make().train(1, 8)
     assert torch.equal(x, whole[2][0]) and torch.equal(y, whole[2][1])
     as_world(monkeypatch, 1, 2)
-    (x, y, n), *_ = make().train_batches(1, 0)
+    (x, y, n), *_ = make().train(1, 0)
     assert n == 4 and torch.equal(x, whole[0][0][2:]) and torch.equal(y, whole[0][1][2:])
-    assert sum(len(y) for _, y, _ in make().test_batches()) == 3
+    assert sum(len(y) for _, y, _ in make().test()) == 3
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
     with pytest.raises(ValueError, match="not the same"):
         make()
     with pytest.raises(ValueError, match="cannot read an ImageNet folder"):
-        images.folder_source(tmp_path / "nowhere", 64, 4, 1, 2, 0, torch.device("cpu"))
+        batches.image_folder(tmp_path / "nowhere", 64, 4, 1, 2, 0, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training import data
+from training import batches, data
 from training.synthetic import synthetic_images
 
 
@@ -236,12 +236,23 @@ def test_synthetic_classes_are_hardly_told_by_their_mean_images():
 def test_batches_visit_the_order_normalised():
     x = torch.arange(7 * 3 * 4, dtype=torch.uint8).view(7, 3, 2, 2)
     y = torch.arange(7)
-    order = torch.tensor([6, 0, 3, 2, 5])
-    got = list(data.batches(x, y, 2, order))
-    assert [n for _, _, n in got] == [2, 2, 1]
+    images = data.ImageSet("seven", "made for the test", 7, x, y, x[:5], y[:5])
+    whole = batches.whole_images(images, 2, 3, seed=4, probe_images=2)
+    order = data.epoch_order(7, 4, 1)
+    got = list(whole.train(1, 0))
+    assert [n for _, _, n in got] == [2, 2, 2, 1] and whole.steps == 4
     assert torch.equal(torch.cat([labels for _, labels, _ in got]), order)
-    torch.testing.assert_close(torch.cat([images for images, _, _ in got]), (x[order] / 255 - 0.5) / 0.5)
-    assert torch.equal(torch.cat([labels for _, labels, _ in data.batches(x, y, 3)]), y)
+    torch.testing.assert_close(torch.cat([pixels for pixels, _, _ in got]), (x[order] / 255 - 0.5) / 0.5)
+    assert torch.equal(torch.cat([labels for _, labels, _ in whole.train(1, 4)]), order[4:])
+    tested = list(whole.test())
+    assert [len(labels) for _, labels, _ in tested] == [3, 2]
+    assert torch.equal(torch.cat([labels for _, labels, _ in tested]), y[:5])
+    torch.testing.assert_close(whole.probe[0], (x[:2] / 255 - 0.5) / 0.5)
+    assert batches.whole_images(images, 2, 3, seed=4, probe_images=2, least=2).steps == 3
+    short = batches.whole_images(images, 2, 3, seed=4, probe_images=2, limit=1)
+    assert short.steps == 1 and len(list(short.test())) == 1
+    with pytest.raises(ValueError, match=r"too few training images \(7\), expected 8 or more"):
+        batches.whole_images(images, 9, 3, seed=4, probe_images=2, least=8)
 
 
 def test_epoch_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():

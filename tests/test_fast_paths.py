@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.step_time import DYNAMO, VARIANTS, Cell, make_step, on_side_streams, peak_bytes, side_stream
-from feedback import DirectFeedback, functional, wrapper
+from feedback import DirectFeedback, functional, layout, wrapper
 from models import ConvNet
 
 EAGER = ("contiguous", "fp32", "eager")
@@ -17,7 +17,7 @@ EAGER = ("contiguous", "fp32", "eager")
 def test_products_over_few_images_equal_the_plain_ones(batch, rows):
     torch.manual_seed(0)
     error, feedback, h = (torch.randn(*shape, dtype=torch.float64) for shape in ((batch, 10), (10, 600), (batch, 600)))
-    assert functional.images_at_a_time(feedback, batch) == rows
+    assert layout.images_at_a_time(feedback, batch) == rows
     torch.testing.assert_close(functional.learning_signal(error, feedback), error @ feedback)
     old, unset = feedback.clone(), torch.full_like(feedback, torch.nan)
     torch.testing.assert_close(functional.add_correlation(unset, error, h), error.T @ h)
@@ -76,7 +76,7 @@ def test_matrices_that_eager_takes_in_pieces_compile_without_a_graph_break(varia
     torch._dynamo.reset()
     model, x = ConvNet(), torch.randn(32, 3, 32, 32)
     net = DirectFeedback(model, model.points, example=x[:1], **VARIANTS[variant])
-    assert functional.images_at_a_time(net.matrices()[0].flatten(1), len(x)) < len(x)
+    assert layout.images_at_a_time(net.matrices()[0].flatten(1), len(x)) < len(x)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     F.cross_entropy(compiled(x), torch.arange(32) % 10).backward()
     assert model.conv1.conv.weight.grad.norm() > 0
@@ -133,8 +133,8 @@ def test_each_block_runs_on_a_stream_of_its_own(monkeypatch):
 
 
 def test_a_matrix_larger_than_the_cache_or_of_rows_below_a_page_takes_all_images_at_once():
-    assert functional.images_at_a_time(torch.empty(100, 46656), 64) == 64
-    assert functional.images_at_a_time(torch.empty(10, 128), 64) == 64
+    assert layout.images_at_a_time(torch.empty(100, 46656), 64) == 64
+    assert layout.images_at_a_time(torch.empty(10, 128), 64) == 64
 
 
 @pytest.mark.parametrize("options", [{}, {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}])
@@ -143,12 +143,12 @@ def test_a_step_by_few_images_equals_the_plain_step(monkeypatch, options, memory
     x, y = torch.randn(32, 3, 32, 32, dtype=torch.float64), torch.arange(32) % 10
     x = x.to(memory_format=memory_format)
     found = []
-    for cached in (functional.CACHED_BYTES, 0):
-        monkeypatch.setattr(functional, "CACHED_BYTES", 2 * cached)  # float64
+    for cached in (layout.CACHED_BYTES, 0):
+        monkeypatch.setattr(layout, "CACHED_BYTES", 2 * cached)  # float64
         torch.manual_seed(0)
         model = ConvNet().double().to(memory_format=memory_format)
         net = DirectFeedback(model, model.points, "DKP", x[:1], **options)
-        assert (functional.images_at_a_time(net.matrices()[0], 32) == 32) == (cached == 0)
+        assert (layout.images_at_a_time(net.matrices()[0], 32) == 32) == (cached == 0)
         F.cross_entropy(net(x), y).backward()
         found.append([value for p in net.parameters() for value in (p.detach(), p.grad)])
     for fast, plain in zip(*found, strict=True):

@@ -4,9 +4,9 @@ import csv
 import json
 import math
 import signal
-from argparse import Namespace
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import main
-from training import arguments, data, loop, plot
+from training import arguments, batches, data, plot
 from training.checkpoint import CONTENT, TRAINED, load_checkpoint, save_checkpoint
-from training.loop import DIVERGED
+from training.classify import read_image
+from training.run import DIVERGED, DivergedError, Run, StoppedError
 
 MODES = {
     "BP": ["--train-mode", "BP"],
@@ -71,41 +72,35 @@ def assert_same(a, b):
             assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
 
 
-@each_mode
-def test_two_epochs_and_two_more_equal_four_bit_for_bit(run, mode, tmp_path):
-    assert run(*mode, "--epochs", 4, out="straight") == 0
-    assert run(*mode, "--epochs", 2, out="halves") == 0
-    torch.manual_seed(123)
-    assert run("--resume", tmp_path / "halves", "--epochs", 4) == 0
-    assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "halves"))
-    assert metrics(tmp_path / "straight") == metrics(tmp_path / "halves")
-    assert len(metrics(tmp_path / "straight")) == 4
-
-
 @pytest.mark.parametrize("mode", RESUMED.values(), ids=RESUMED)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_resume_goes_on_exactly(run, mode, number, tmp_path, monkeypatch, capsys):
+def test_a_run_stopped_in_an_epoch_and_resumed_twice_equals_a_straight_one_bit_for_bit(
+    run, mode, tmp_path, change_training_batches, capsys
+):
     assert run(*mode, "--epochs", 3, out="straight") == 0
 
-    def batches_with_a_signal(*args):
-        for step, batch in enumerate(main_batches(*args), start=1):
-            if len(args) == 4 and step == 3:  # the training batches are the ones in an order
+    def with_a_signal(batches):
+        for step, batch in enumerate(batches, start=1):
+            if step == 3 and not stopped_before:
+                stopped_before.append(step)
                 signal.raise_signal(number)
             yield batch
 
-    main_batches = main.batches
-    with monkeypatch.context() as patch:
-        patch.setattr(main, "batches", batches_with_a_signal)
-        handler = signal.getsignal(number)
-        assert run(*mode, "--epochs", 3, out="stopped") == 128 + number
-        assert signal.getsignal(number) is handler
+    number = signal.SIGTERM if "DKP" in mode else signal.SIGINT
+    first = 3 if "one-cycle" in mode else 2  # a one-cycle run keeps its length
+    stopped_before = []
+    change_training_batches(with_a_signal)
+    handler = signal.getsignal(number)
+    assert run(*mode, "--epochs", first, out="stopped") == 128 + number
+    assert signal.getsignal(number) is handler
     stopped = checkpoint(tmp_path / "stopped")
     assert (stopped["epoch"], stopped["ranks"][0]["tally"]["step"]) == (0, 3)
-    error = capsys.readouterr().err
-    assert f"python main.py --resume {tmp_path / 'stopped'}" in error
-    assert run("--resume", tmp_path / "stopped") == 0
+    assert f"python main.py --resume {tmp_path / 'stopped'}" in capsys.readouterr().err
+    for epochs in range(first, 4):
+        torch.manual_seed(123)
+        assert run("--resume", tmp_path / "stopped", "--epochs", epochs) == 0
     assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "stopped"))
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
+    assert len(metrics(tmp_path / "straight")) == 3
 
 
 def test_a_run_resumed_in_another_memory_format_goes_on_the_same_but_for_rounding(run, tmp_path):
@@ -119,14 +114,12 @@ def test_a_run_resumed_in_another_memory_format_goes_on_the_same_but_for_roundin
         torch.testing.assert_close(nets[1][name], value, atol=1e-4, rtol=1e-3)
 
 
-@each_mode
-def test_a_seeded_run_is_repeatable_bit_for_bit(run, mode, tmp_path):
-    run(*mode, "--epochs", 1, "--seed", 5, out="first")
-    run(*mode, "--epochs", 1, "--seed", 5, out="again")
-    run(*mode, "--epochs", 1, "--seed", 6, out="other")
-    assert_same(checkpoint(tmp_path / "first"), checkpoint(tmp_path / "again"))
-    first, other = (checkpoint(tmp_path / name)["net"] for name in ("first", "other"))
-    assert not torch.equal(first["model.fc1.linear.weight"], other["model.fc1.linear.weight"])
+def test_another_seed_is_another_run(run, tmp_path):
+    for seed in (5, 6):
+        run("--epochs", 1, "--seed", seed, out=str(seed))
+    first, other = (checkpoint(tmp_path / seed)["net"] for seed in ("5", "6"))
+    for name in ("model.fc1.linear.weight", "feedback.fc1"):
+        assert not torch.equal(first[name], other[name])
 
 
 def test_the_run_folder_holds_all_that_is_promised(run, tmp_path, capsys):
@@ -189,25 +182,23 @@ def test_gamma_schedules_b_alone_and_a_resumed_runs_new_options_count(run, tmp_p
 
 
 @pytest.mark.parametrize("mode", [["--train-mode", "BP"], ["--b-update", "inplace"]])
-def test_a_loss_that_is_not_finite_stops_before_the_update(run, mode, tmp_path, monkeypatch, capsys):
-    def batches_with_a_nan(*args):
-        for x, y, n in main_batches(*args):
-            yield (x * math.nan if len(args) == 4 else x), y, n
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    run, mode, tmp_path, monkeypatch, change_training_batches, capsys
+):
+    def keep(*args, **options):
+        runs.append(Run(*args, **options))
+        return runs[-1]
 
-    def fit_and_keep(job):
-        jobs.append(job)
-        return main_fit(job)
-
-    jobs, main_batches, main_fit = [], main.batches, main.fit
+    runs = []
     assert run(*mode, "--epochs", 1) == 0
     before = checkpoint(tmp_path / "run")
-    monkeypatch.setattr(main, "batches", batches_with_a_nan)
-    monkeypatch.setattr(main, "fit", fit_and_keep)
+    change_training_batches(lambda batches: ((x * math.nan, y, n) for x, y, n in batches))
+    monkeypatch.setattr(main, "Run", keep)
     assert run("--resume", tmp_path / "run", "--epochs", 2) == DIVERGED
     error = capsys.readouterr().err
     assert "the loss is nan at epoch 2, step 1: stopped before the update" in error and "a lower --lr" in error
     assert_same(before, checkpoint(tmp_path / "run"))
-    for name, parameter in jobs[0].net.named_parameters():
+    for name, parameter in runs[0].net.named_parameters():
         assert torch.equal(parameter, before["net"][name])
 
 
@@ -221,29 +212,47 @@ def test_weights_that_blew_up_are_not_saved(run, tmp_path, capsys):
 @each_mode
 def test_a_run_that_diverges_is_stopped_by_every_rule_and_keeps_its_last_good_state(run, mode, tmp_path, capsys):
     """With a learning rate of 1 and no norm in fc1 no rule trains; every loss stays finite."""
-    assert run(*mode, "--epochs", 1, "--batch-size", 8) == 0
+    assert run(*mode, "--epochs", 1, "--batch-size", 1) == 0
     good = checkpoint(tmp_path / "run")
     flags = ("--epochs", 30, "--lr", 1, *(("--b-lr", 1) if "DKP" in mode or "LAS" in mode else ()))
     assert run("--resume", tmp_path / "run", *flags) == DIVERGED
     error = capsys.readouterr().err
-    assert "diverged at epoch 2, step " in error and "guessing has 2.30" in error
+    assert "diverged at epoch 2, step " in error and "last 20 steps" in error and "guessing has 2.30" in error
     assert f"last good state is in {tmp_path / 'run'}: try --recipe best, or a lower --lr" in error
     kept = checkpoint(tmp_path / "run")
     assert kept["epoch"] == 1 and all(torch.equal(value, kept["net"][name]) for name, value in good["net"].items())
 
 
-def test_divergence_is_a_mean_of_twenty_steps_or_of_the_steps_there_are_at_the_end():
-    job = Namespace(recent=deque([22.9] * 19, maxlen=20), classes=["?"] * 10, epoch=0, tally={"step": 20})
-    loop.check_convergence(job, 20)  # 10 ln 10 = 23.03
-    job.recent.append(22.9)
-    loop.check_convergence(job, 20)
-    job.recent.append(30)
-    with pytest.raises(loop.DivergedError, match="diverged at epoch 1, step 20: the mean loss of the last 20 steps"):
-        loop.check_convergence(job, 20)
-    job.recent = deque([24.0] * 3, maxlen=20)
-    loop.check_convergence(job, 20)
-    with pytest.raises(loop.DivergedError, match="the last 3 steps is 24,"):
-        loop.check_convergence(job, 1)
+def test_divergence_is_a_mean_of_twenty_steps_and_outlives_a_resume(run, tmp_path):
+    data = SimpleNamespace(classes=["?"] * 10)
+    job = SimpleNamespace(
+        recent=deque([99] + [19] * 18, maxlen=20), data=data, epoch=0, step=19, _diverged=DivergedError
+    )
+    Run.check_convergence(job)  # 19 steps are too few
+    job.recent.append(19)
+    Run.check_convergence(job)  # their mean is 23, 10 ln 10 is 23.03
+    job.recent[-1] = 20
+    with pytest.raises(
+        DivergedError, match=r"diverged at epoch 1, step 19: the mean loss of the last 20 steps is 23\.05"
+    ):
+        Run.check_convergence(job)
+    run("--epochs", 2)
+    run("--epochs", 6, out="straight")
+    run("--resume", tmp_path / "run", "--epochs", 6)
+    halves, straight = (checkpoint(tmp_path / name)["recent"] for name in ("run", "straight"))
+    assert halves == straight and len(straight) == 20
+
+
+def test_a_stop_in_the_first_steps_of_a_run_with_a_large_loss_is_no_divergence(run, change_training_batches, tmp_path):
+    def with_a_signal(batches):
+        for step, batch in enumerate(batches, start=1):
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    change_training_batches(with_a_signal)
+    assert run("--lr", 3, "--train-mode", "BP", "--batch-size", 4) == 130
+    assert checkpoint(tmp_path / "run")["recent"][-1] > 24
 
 
 # --- what a user of a trained net needs
@@ -268,6 +277,25 @@ def test_a_finished_run_is_evaluated_saved_and_completed(run, tmp_path, capsys):
     model = main.ConvNet()
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     assert_refused(capsys, lambda: run("--evaluate"), "--evaluate needs --resume: the trained net")
+    both = ("--resume", folder, "--evaluate")
+    assert_refused(capsys, lambda: run(*both, "--save-model"), "--evaluate and --save-model do not go together")
+    assert_refused(capsys, lambda: run(*both, "--classify", "a.png"), "--evaluate and --classify do not go together")
+    run("--resume", folder, "--epochs", 2)
+    assert_refused(
+        capsys, lambda: run("--resume", folder, "--epochs", 1), "--epochs: got 1, but the run is past epoch 2"
+    )
+    (folder / "model.pt").unlink()
+    (folder / "model.pt").mkdir()
+    assert run("--resume", folder, "--save-model") == 1
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_b_in_place_follows_a_new_learning_rate_of_w_unless_it_has_its_own(run, tmp_path):
+    for out, b_lr in (("follows", ()), ("own", ("--b-lr", 0.25))):
+        run("--b-update", "inplace", "--gamma", 1, "--epochs", 1, *b_lr, out=out)
+        run("--resume", tmp_path / out, "--epochs", 2, "--lr", 0.001)
+    last = {out: float(metrics(tmp_path / out)[-1]["feedback_lr"]) for out in ("follows", "own")}
+    assert last == {"follows": pytest.approx(0.01), "own": 0.25}
 
 
 def test_classify_says_what_the_net_sees(run, tmp_path, data_folder, capsys):
@@ -291,6 +319,12 @@ def test_classify_says_what_the_net_sees(run, tmp_path, data_folder, capsys):
     seen = ", ".join(f"{images.classes[k]} {100 * share[k]:.1f} %" for k in best)
     assert lines[0] == f"{paths[0]}: {seen}"
     assert lines[1].startswith(f"{paths[1]}: ") and len(lines) == 2
+    grey = np.tile(np.arange(0, 237, 237 // 32 + 1, dtype=np.uint16), (32, 1))
+    seen = []
+    for name, pixels in (("grey8", grey.astype(np.uint8)), ("grey16", grey * 257)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        seen.append(read_image(str(tmp_path / f"{name}.png"), 32, 32))
+    assert torch.equal(*seen)
     (tmp_path / "text.png").write_text("no image")
     classify = lambda path: run("--resume", tmp_path / "run", "--classify", path)  # noqa: E731
     assert_refused(capsys, lambda: classify(tmp_path / "text.png"), "text.png cannot be read as an image")
@@ -310,6 +344,14 @@ def test_curves_are_drawn_of_one_run_and_of_several(run, tmp_path, capsys, monke
     with pytest.raises(SystemExit) as exit_:
         plot.main([str(tmp_path / "nowhere")])
     assert exit_.value.code == 2 and "nowhere has no metrics.csv with an epoch in it" in capsys.readouterr().err
+    for content in (b"epoch,train_loss\n1,2,3\n", b"epoch\n\xff\n", b"epoch,train_loss\n1,abc\n"):
+        (tmp_path / "BP" / "metrics.csv").write_bytes(content)
+        with pytest.raises(SystemExit) as exit_:
+            plot.main([str(tmp_path / "BP")])
+        assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / "DKP")] * 9)
+    assert "more cannot be told apart" in capsys.readouterr().err
 
 
 def test_a_rule_is_named_in_any_case_and_a_close_miss_is_suggested(run, capsys):
@@ -326,7 +368,7 @@ def test_batch_norm_in_fc1_never_trains_on_a_single_image(run, tmp_path, capsys)
     run("--batch-size", 13, "--epochs", 1, out="all")
     assert checkpoint(tmp_path / "all")["optimizers"][1]["state"][0]["step"] == 4
     flags = ("--fc-norm", "--batch-size", 13, "--validation", 39)
-    assert_refused(capsys, lambda: run(*flags, out="one"), "1 training image, expected 2 or more for --fc-norm")
+    assert_refused(capsys, lambda: run(*flags, out="one"), "too few training images (1), expected 2 or more")
 
 
 # --- what the numbers are
@@ -376,11 +418,11 @@ def test_kolen_pollacks_b_is_in_the_weights_optimizer(run, tmp_path):
 @pytest.mark.parametrize("mode", ["KP", "DKP"])
 def test_one_cycle_rises_and_falls_and_leaves_b_to_gamma(run, tmp_path, monkeypatch, mode):
     def note(*args):
-        rates.append(set_learning_rates(*args))
+        rates.append(learning_rates(*args))
         return rates[-1]
 
-    rates, set_learning_rates = [], main.set_learning_rates
-    monkeypatch.setattr(main, "set_learning_rates", note)
+    rates, learning_rates = [], main.learning_rates
+    monkeypatch.setattr(main, "learning_rates", note)
     flags = ("--train-mode", mode, "--schedule", "one-cycle", "--lr", 0.01, "--epochs", 3)
     run(*flags)  # 4 steps an epoch; at the end of each its row asks once more
     del rates[4::5]
@@ -395,7 +437,11 @@ def test_one_cycle_rises_and_falls_and_leaves_b_to_gamma(run, tmp_path, monkeypa
 
 @pytest.mark.parametrize("mode", ["FA", "KP", "DFA", "DKP", "LAS"])
 def test_b_scale_is_a_factor_on_bs_start_alone(run, tmp_path, mode, monkeypatch):
-    monkeypatch.setattr(main, "fit", lambda job: save_checkpoint(job.folder / "net.pt", job.net.state_dict()) or 0)
+    def save_at_once(args, net, train_net, optimizers, data, run):
+        save_checkpoint(run.folder / "net.pt", net.state_dict())
+        raise StoppedError("", 0)
+
+    monkeypatch.setattr(main, "train", save_at_once)
     nets = {}
     for scale in ((), (1,), (0.5,), (0,)):
         out = f"run{scale}"
@@ -421,6 +467,7 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     recipe = tmp_path / "recipe.json"
     of_rules = {"DKP": ["--lr", "0.125", "--b-lr", "0.5", "--fc-norm"], "BP": ["--lr", "0.25"]}
     of_rules["DKP inplace"] = ["--lr", "0.5"]
+    of_rules["LAS"] = ["--b-lr", "0.5", "--lr", "0.25", "--b-wd", "0.5", "--fc-norm"]
     recipe.write_text(json.dumps({"ConvNet": {"best": of_rules, "original_diverges": ["DKP"]}}))
     monkeypatch.setattr(arguments, "RECIPES", recipe)
     assert run("--recipe", "best", "--epochs", 1, "--b-lr", 0.25) == 0
@@ -432,12 +479,16 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     in_place, _, _ = main.parse_arguments(["--b-update", "inplace"])
     assert (in_place.recipe, in_place.lr, in_place.fc_norm) == ("best", 0.5, False)
     assert in_place.b_lr == pytest.approx(5)
+    las, _, _ = main.parse_arguments(["--b-update", "inplace", "--train-mode", "LAS"])
+    assert (las.lr, las.b_lr, las.b_wd, las.fc_norm) == (0.25, pytest.approx(2.5), 1e-6, True)
     capsys.readouterr()
     original, _, _ = main.parse_arguments(["--recipe", "original"])
     assert (original.lr, original.b_lr, original.fc_norm) == (5e-4, 1e-4, False)
     assert "ConvNet diverges by DKP with the original's settings" in capsys.readouterr().err
+    main.parse_arguments(["--recipe", "original", "--lr", "1e-4"])
     main.parse_arguments(["--recipe", "original", "--train-mode", "BP"])
     assert not capsys.readouterr().err
+    assert_refused(capsys, lambda: run("--recipe", "best", "--train-mode", "DFA"), "no best one is known for DFA")
     recipe.write_text("{}")
     assert run("--resume", tmp_path / "run", "--epochs", 2) == 0
     assert checkpoint(tmp_path / "run")["args"] == args | {"epochs": 2}
@@ -502,7 +553,7 @@ def test_every_epoch_has_an_order_of_its_own(run, monkeypatch):
         return data.epoch_order(*args)
 
     asked = []
-    monkeypatch.setattr(main, "epoch_order", note)
+    monkeypatch.setattr(batches, "epoch_order", note)
     run("--epochs", 2, "--seed", 7)
     assert asked == [(40, 7, 1), (40, 7, 2)]
 
@@ -643,7 +694,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
 
 def test_a_one_cycle_run_keeps_its_length(run, capsys, tmp_path):
     run("--epochs", 1, "--schedule", "one-cycle")
-    message = "--epochs: --schedule one-cycle was laid out for 1 epoch\n"
+    message = "--epochs: --schedule one-cycle was laid out for 1 epoch: start a new run"
     assert_refused(capsys, lambda: run("--resume", tmp_path / "run", "--epochs", 2), message)
 
 

@@ -64,6 +64,14 @@ def fraction(text: str) -> float:
     return number_up_to(text, 1.0)
 
 
+def below_one(text: str) -> float:
+    """Parse a number from 0 to below 1; argparse reports the ArgumentTypeError that is raised for any other."""
+    value = number_up_to(text, 1.0)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected less than 1")
+    return value
+
+
 def number_up_to(text: str, most: float) -> float:
     """Parse a number from 0 to `most`, or raise ArgumentTypeError."""
     try:
@@ -149,24 +157,43 @@ def add_common_arguments(
 def recipe_flags(parser: Parser, argv: Sequence[str], model: str) -> list[str]:
     """The flags that `--recipe` puts before those of `argv`; none for the original's, whose numbers the parser has.
 
-    Says so on standard error where the original's are known to diverge.
+    B in place may have a recipe of its own. Where it has none, it takes the rule's, which is for Adam, without what is
+    B's.
     """
     asked, _ = parser.parse_known_args(argv)
-    if asked.resume is not None:
+    if asked.resume is not None or asked.recipe == "original":
         return []
-    recipes = json.loads(RECIPES.read_text())[model]
-    if asked.recipe == "best":
-        in_place = recipes["best"].get(f"{asked.train_mode} inplace") if asked.b_update == "inplace" else None
-        return in_place or recipes["best"].get(asked.train_mode, [])
-    if asked.train_mode in recipes["original_diverges"]:
-        print(f"warning: {model} diverges by {asked.train_mode} with the original's settings", file=sys.stderr)
-    return []
+    recipes = json.loads(RECIPES.read_text())[model]["best"]
+    if asked.train_mode not in recipes:
+        parser.error(f"--recipe: no best one is known for {asked.train_mode}: take --recipe original, and name --lr")
+    if asked.b_update != "inplace":
+        return recipes[asked.train_mode]
+    words = recipes[asked.train_mode]
+    of_b = {i + after for i, word in enumerate(words) if word in ("--b-lr", "--b-wd") for after in (0, 1)}
+    return recipes.get(f"{asked.train_mode} inplace", [word for i, word in enumerate(words) if i not in of_b])
+
+
+def warn_of_the_original(parser: Parser, args: argparse.Namespace, model: str) -> None:
+    """Say on standard error where a new run has settings of the original that are known to diverge."""
+    diverges = json.loads(RECIPES.read_text())[model]["original_diverges"]
+    if args.recipe == "original" and args.train_mode in diverges and args.lr == parser.get_default("lr"):
+        print(f"warning: {model} diverges by {args.train_mode} with the original's settings", file=sys.stderr)
 
 
 def advice(args: argparse.Namespace) -> str:
     """What to try where a run with these arguments diverges."""
     rates = "--lr or --b-lr" if RULES[args.train_mode].learns else "--lr"
     return f"try {'--recipe best, or ' if args.recipe == 'original' else ''}a lower {rates}"
+
+
+def kolen_pollack_lr(args: argparse.Namespace) -> float:
+    """B's learning rate in place that makes its steps as large as W's: lr / (1 - momentum)."""
+    return args.lr / (1 - args.momentum)
+
+
+def follows_w(args: argparse.Namespace) -> bool:
+    """Whether B's learning rate in place is the default, which follows W's."""
+    return args.b_lr == kolen_pollack_lr(args)
 
 
 def flag(key: str) -> str:
@@ -191,14 +218,16 @@ def parse_run_arguments(
     """
     argv = [*recipe_flags(parser, argv, model), *argv]
     args = parser.parse_args(argv)
-    uses_net = args.evaluate or args.classify is not None
+    uses = [flag(key) for key in ("evaluate", "classify") if getattr(args, key)]
+    if len(uses) > 1 or (uses and args.save_model):
+        parser.error(f"{' and '.join(uses)}{' and --save-model' if args.save_model else ''} do not go together")
     checkpoint = None
     if args.resume is not None:
         if args.out is not None and Path(args.out) != Path(args.resume):
             parser.error("--out does not go with --resume: the run goes on in its own folder")
         try:
             path = find_checkpoint(Path(args.resume), model)
-            checkpoint = load_checkpoint(path, model, TRAINED if uses_net else CONTENT)
+            checkpoint = load_checkpoint(path, model, TRAINED if uses else CONTENT)
         except ValueError as error:
             parser.error(str(error))
         parser.set_defaults(**checkpoint["args"])
@@ -208,14 +237,18 @@ def parse_run_arguments(
             if getattr(args, key) != had:
                 parser.error(f"{flag(key)}: the run in {args.resume} has {had}, got {getattr(args, key)}")
         args.resume = str(path)
-    elif uses_net:
-        parser.error(f"{'--evaluate' if args.evaluate else '--classify'} needs --resume: the trained net")
+        if args.b_update == "inplace" and follows_w(argparse.Namespace(**checkpoint["args"])):
+            args.b_lr = args.b_lr if args.b_lr != checkpoint["args"]["b_lr"] else None
+    elif uses:
+        parser.error(f"{uses[0]} needs --resume: the trained net")
+    else:
+        warn_of_the_original(parser, args, model)
     rule = RULES[args.train_mode]
     if rule.learns:
         args.b_update = args.b_update or "optimizer"
         defaults = dict(parser.feedback_defaults)
         if args.b_update == "inplace":
-            defaults["b_lr"] = args.lr / (1 - args.momentum)
+            defaults["b_lr"] = kolen_pollack_lr(args)
         for key, default in defaults.items():
             if getattr(args, key) is None:
                 setattr(args, key, default)

@@ -30,7 +30,10 @@ def read_image(path: str, resized: int, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+            pixels = np.array(upright.convert("RGB"))
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

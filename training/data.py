@@ -1,4 +1,4 @@
-"""Image sets as whole tensors: found, fetched or made, checked, and cut into normalised batches on the device.
+"""Image sets as whole tensors: found, fetched or made, and checked.
 
 Shapes: N images, K classes; images are (N, 3, 32, 32) uint8 RGB from here on, labels (N,) int64.
 """
@@ -16,7 +16,6 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from tqdm import tqdm
 from training.synthetic import synthetic_images
 from training.torchvision_import import import_torchvision
 
-Batches = Iterator[tuple[Tensor, Tensor, int]]  # images, labels, and the number of images of all ranks together
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 20_000, 2_000
 HOST_TIMEOUT_S = 5
@@ -337,12 +335,13 @@ def run_showing_bytes(command: list[str], folder: Path, total: int, timeout_s: i
 
 
 def largest_file(folder: Path) -> int:
-    """The bytes of the largest file below `folder`."""
-    sizes = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            sizes.append(path.stat().st_size)
-    return max(sizes, default=0)
+    """The bytes of the largest file below `folder`; what is gone meanwhile does not count."""
+    sizes = [0]
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                sizes.append(os.stat(os.path.join(parent, name)).st_size)
+    return max(sizes)
 
 
 def sha256_of(arrays: dict[str, np.ndarray]) -> str:
@@ -356,25 +355,6 @@ def sha256_of(arrays: dict[str, np.ndarray]) -> str:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """The order (n,) in which epoch `epoch` visits n images: a function of its arguments alone, so resume finds it."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor | None = None) -> Batches:
-    """Cut uint8 images and labels into normalised batches, on the device where they lie.
-
-    Args:
-        x: (N, 3, H, W) uint8.
-        y: (N,) int64.
-        batch_size: images per batch; the last one may be shorter.
-        order: (n,) indices to visit, in this order, on x's device; by default all N as they come.
-
-    Returns:
-        Images (n, 3, H, W) float32, labels (n,), and n.
-    """
-    pieces = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    if order is not None:
-        pieces = ((x[index], y[index]) for index in order.split(batch_size))
-    for images, labels in pieces:
-        yield normalise(images), labels, len(labels)
 
 
 def normalise(images: Tensor) -> Tensor:

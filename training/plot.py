@@ -50,12 +50,22 @@ class Panel(NamedTuple):
 
 
 def read_metrics(run: Path) -> list[Row]:
-    """The rows of a run's metrics.csv so far; none where there is no such file."""
+    """The rows of a run's metrics.csv so far; none where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = run / "metrics.csv"
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} is damaged: a row has more or fewer cells than the first line")
+    return rows
 
 
 def angle_titles(columns: Sequence[str]) -> dict[str, str]:
@@ -127,9 +137,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG (default: RUN/curves.png, of several curves.png)")
     args = parser.parse_args(argv)
+    if len(args.runs) > len(STYLES):
+        parser.error(f"got {len(args.runs)} runs, expected at most {len(STYLES)}: more cannot be told apart")
     curves = {}
     for run in args.runs:
-        curves[run.resolve().name if len(args.runs) == 1 else str(run)] = rows = read_metrics(run)
+        try:
+            curves[run.resolve().name if len(args.runs) == 1 else str(run)] = rows = read_metrics(run)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
         if not rows:
             parser.error(f"{run} has no metrics.csv with an epoch in it")
     columns = list(dict.fromkeys(column for rows in curves.values() for row in rows for column in row if row[column]))
@@ -140,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         draw(curves, panels, out, (PER_ROW * width, -(-len(panels) // PER_ROW) * height + 0.4), PER_ROW)
     except (OSError, ValueError) as error:
-        parser.error(f"cannot write {out}: {error}")
+        parser.error(f"cannot draw {out}: {error}")
     print(f"see {out}")
     return 0
 

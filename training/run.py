@@ -1,28 +1,398 @@
-"""The folder that a training run leaves behind, and the signals that end it early."""
+"""A training run: what it has done so far, the folder that it leaves, and how it ends.
 
+Shapes: N images of a rank's batch, K classes.
+"""
+
+import contextlib
 import csv
+import itertools
 import json
 import math
 import os
 import platform
 import signal
-import subprocess
+import statistics
 import sys
+import time
+from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from training.checkpoint import NAMES
+from feedback import DirectFeedback
+from training.batches import Data
+from training.checkpoint import NAMES, mean_buffers, rng_state, save_checkpoint, set_rng_state
+from training.distributed import barrier, gather, rank, sum_over_ranks, world_size
+from training.machine import git_revision, hardware, version
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
+DIVERGED = 3  # exit status of a run whose loss diverged or is not finite
+RECENT_STEPS, TIMES_GUESSING = 20, 10  # see `Run.check_convergence`
 
 
-def count(number: int, noun: str) -> str:
+class RunEndedError(Exception):
+    """A run ended before its last epoch; the message is for its user, and `status` is the process's exit status."""
+
+    status = 1
+
+
+class WriteError(RunEndedError):
+    """The run's folder cannot be written to."""
+
+
+class DivergedError(RunEndedError):
+    """The loss, or a weight, is not finite or far above what guessing has; the last good state is saved."""
+
+    status = DIVERGED
+
+
+class StoppedError(RunEndedError):
+    """A signal asked for the end; the state is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class Run:
+    """Counts, checks, logs and saves what the training loop does; a context manager around the loop.
+
+    Within it the first SIGINT or SIGTERM is only noted: the step under way is finished, the state saved, and
+    StoppedError raised on every rank. A second signal acts as ever.
+
+    Args:
+        folder: holds checkpoints, metrics.csv and TensorBoard events.
+        net: the wrapped model. optimizers: W's, then B's if it has one.
+        data: what it is trained on.
+        args: the script's arguments; all but those named in `not_kept` go into the checkpoint.
+        model: the net's name.
+        command: the line that resumes the run. advice: what to try where it diverges.
+        log_interval: steps between logs of the loss.
+        best_name: of a checkpoint of weights and B after the best epoch, if any.
+        split: what the accuracies are of, "test" or "validation" images.
+        epoch: count from here.
+
+    Attributes:
+        epoch: how many epochs are done. step: how many steps of the next one. rows: of metrics.csv.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        net: DirectFeedback,
+        optimizers: list[torch.optim.Optimizer],
+        data: Data,
+        args: Namespace,
+        *,
+        model: str,
+        not_kept: set[str],
+        command: str,
+        advice: str,
+        log_interval: int,
+        best_name: str | None = None,
+        split: str = "test",
+        epoch: int = 0,
+    ) -> None:
+        self.folder, self.net, self.optimizers, self.data = folder, net, optimizers, data
+        self.settings = {key: value for key, value in vars(args).items() if key not in not_kept}
+        self.epochs, self.steps, self.epoch = args.epochs, data.steps, epoch
+        self.model, self.command, self.advice, self.best_name, self.split = model, command, advice, best_name, split
+        self.log_interval = log_interval
+        self.device = next(net.parameters()).device
+        self.rows: list[dict[str, float | None]] = []
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # losses of the last steps, all ranks together
+        self.tally = new_tally()
+        self._signal, self._handlers = 0, {}  # the signal that asked for a stop; what signals did before
+        self._stopping = False  # whether a signal had come, on any rank, before the step under way
+        self._started = self._together = 0.0
+        self._writer: SummaryWriter | None = None
+        self._bar = tqdm(disable=True)
+
+    @property
+    def step(self) -> int:
+        """How many steps of the epoch under way are done."""
+        return self.tally["step"]
+
+    # --- around the loop
+
+    def __enter__(self) -> "Run":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._note_signal)
+        try:
+            self.save()
+            if rank() == 0:
+                (self.folder / DIVERGED_MARK).unlink(missing_ok=True)
+                with self._writing():
+                    purge_step = self.epoch * self.steps + self.step + 1
+                    self._writer = SummaryWriter(self.folder, purge_step=purge_step)
+                    if self.rows:
+                        write_metrics(self.folder / "metrics.csv", self.rows)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._restore_handlers()
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    # --- in the loop
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The rest of the epoch: this rank's images (N, ...), labels (N,), and the factor on its loss.
+
+        Gradients are averaged over the ranks; with the factor on each loss that is the mean over all images.
+        """
+        self._started = time.perf_counter() - self.tally["seconds"]
+        self._bar.close()
+        self._bar = tqdm(
+            total=self.data.images,
+            initial=self.tally["seen"],
+            desc=f"epoch {self.epoch + 1}/{self.epochs}",
+            unit="image",
+            leave=False,
+            disable=None if rank() == 0 else True,
+        )
+        left = self.steps - self.step
+        for x, y, together in itertools.islice(self.data.train(self.epoch + 1, self.tally["seen"]), left):
+            self._together = together
+            yield x, y, len(y) * world_size() / together
+
+    def check(self, loss: Tensor, images: int) -> float:
+        """Return this rank's loss of a step, over so many images, as a number.
+
+        Raises:
+            DivergedError: the loss over all ranks is not finite; nothing has been updated with it. On every rank.
+        """
+        value = loss.item()
+        signals, over_ranks = sum_over_ranks([float(self._signal), value * images / self._together], self.device)
+        self._stopping = signals > 0
+        if not math.isfinite(over_ranks):
+            where = f"epoch {self.epoch + 1}, step {self.step + 1}"
+            raise self._diverged(f"the loss is {over_ranks} at {where}: stopped before the update")
+        self.recent.append(over_ranks)
+        return value
+
+    def count(self, loss: float, logits_NK: Tensor, y: Tensor) -> None:
+        """Add a step to the epoch's sums, and log it.
+
+        Raises:
+            DivergedError: as `check_convergence` does.
+            StoppedError: a signal came before the step, on any rank.
+        """
+        tally = self.tally
+        tally["step"] += 1
+        tally["seen"] += self._together
+        tally["images"] += len(y)
+        tally["loss"] += loss * len(y)
+        tally["correct"] += int((logits_NK.argmax(1) == y).sum())
+        tally["seconds"] = time.perf_counter() - self._started
+        self._bar.update(self._together)
+        if tally["step"] % self.log_interval == 0:
+            train_loss, accuracy = self.train_metrics()
+            self._bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
+            if self._writer is not None:
+                self._writer.add_scalar("step/train_loss", self.recent[-1], self.epoch * self.steps + tally["step"])
+        self.check_convergence()
+        if self._stopping:
+            self.check_soundness()
+            self.save()
+            where = f"epoch {self.epoch + 1}, step {self.step}"
+            raise StoppedError(f"stopped at {where}; go on with: {self.command}", self._signal or signal.SIGTERM)
+
+    def end_epoch(
+        self,
+        tested: dict[str, float],
+        angles: dict[str, dict[str, float]],
+        learning_rates: dict[str, float | None],
+    ) -> None:
+        """Print the epoch's line on rank 0, write its row of metrics.csv, and save.
+
+        Args:
+            tested: what `evaluate` returned. angles: what `measure_angles` returned.
+            learning_rates: those of the last step.
+
+        Raises:
+            DivergedError: weights, B or the loss are not sound; the epoch before is what stays saved.
+            WriteError: a file cannot be written.
+        """
+        self._bar.close()
+        train_loss, train_accuracy = self.train_metrics()
+        row: dict[str, float | None] = {"epoch": self.epoch + 1, "train_loss": train_loss}
+        row |= {"train_accuracy": train_accuracy, **{f"{self.split}_{key}": value for key, value in tested.items()}}
+        row |= learning_rates | {"seconds": self.tally["seconds"]}
+        row |= {f"{key}_{name}": value for name, values in angles.items() for key, value in values.items()}
+        if rank() == 0:
+            degrees = " ".join(f"{point} {angles[point]['alignment_deg']:.1f}" for point in self.net.points)
+            print(
+                f"epoch {self.epoch + 1}/{self.epochs}: train loss {train_loss:.4f}, accuracy {train_accuracy:.2f} %; "
+                f"{self.split} loss {tested['loss']:.4f}, accuracy {tested['accuracy']:.2f} %; "
+                f"angle to BP in degrees {degrees}; {self.tally['seconds']:.0f} s, "
+                f"{self.tally['seen'] / self.tally['seconds']:.0f} images/s",
+                flush=True,
+            )
+        self.rows.append(row)
+        self.check_soundness()
+        self.epoch, self.tally = self.epoch + 1, new_tally()
+        if self._writer is not None:
+            with self._writing():
+                write_metrics(self.folder / "metrics.csv", self.rows)
+                for key, value in row.items():
+                    if value is not None:
+                        self._writer.add_scalar(f"epoch/{key}", value, self.epoch * self.steps)
+        self.save()
+
+    def save_model(self) -> None:
+        """Write the bare net's state dict to model.pt, from rank 0.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        if rank() == 0:
+            with self._writing():
+                save_checkpoint(self.folder / "model.pt", self.net.model.state_dict())
+            print(f"see {self.folder / 'model.pt'}")
+
+    def report(self) -> str:
+        """The line at the end of a run that has done its epochs."""
+        accuracy = self.rows[-1][f"{self.split}_accuracy"]
+        return f"{self.split} accuracy {accuracy:.2f} % after {plural(self.epoch, 'epoch')}; see {self.folder}"
+
+    def train_metrics(self) -> tuple[float, float]:
+        """Mean loss and accuracy in percent of the epoch so far, over all ranks."""
+        images, loss, correct = sum_over_ranks([self.tally[key] for key in ("images", "loss", "correct")], self.device)
+        return loss / images, 100 * correct / images
+
+    # --- checks
+
+    def check_convergence(self) -> None:
+        """Raise DivergedError where the mean loss of the last 20 steps is above 10 times that of guessing.
+
+        A net that guesses has a loss of ln K, K classes: 2.3 for 10, 4.6 for 100. A net that trains may start somewhat
+        above it, and a single step may leap; no run that learned anything had a mean of 20 steps near 10 ln K.
+        """
+        if len(self.recent) < RECENT_STEPS:
+            return
+        mean, guessing = statistics.fmean(self.recent), math.log(len(self.data.classes))
+        if mean > TIMES_GUESSING * guessing:
+            where = f"epoch {self.epoch + 1}, step {self.step}"
+            last = f"the mean loss of the last {RECENT_STEPS} steps is {mean:.4g}"
+            raise self._diverged(f"diverged at {where}: {last}, and guessing has {guessing:.2f}")
+
+    def check_soundness(self) -> None:
+        """Raise DivergedError unless weights, B and the last loss on the test images are finite."""
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.net.parameters())
+        if not finite or (self.rows and not math.isfinite(self.rows[-1][f"{self.split}_loss"] or 0)):
+            raise self._diverged(f"weights or {self.split} loss are not finite after epoch {self.epoch + 1}: stopped")
+
+    def _diverged(self, what: str) -> DivergedError:
+        if rank() == 0:
+            with contextlib.suppress(OSError):
+                (self.folder / DIVERGED_MARK).touch()
+        return DivergedError(f"{what}. The last good state is in {self.folder}: {self.advice}")
+
+    # --- checkpoints
+
+    def save(self) -> None:
+        """Write the checkpoint from rank 0: net with B, optimisers, metrics, each rank's sums, buffers, random state.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        ranks = gather({"rng": rng_state(), "tally": self.tally, "buffers": dict(self.net.model.named_buffers())})
+        if rank() == 0:
+            trained = {"model": self.model, "args": self.settings, "classes": self.data.classes, "epoch": self.epoch}
+            trained |= {"net": self.net.state_dict()}
+            state = trained | {"data": self.data.fingerprint, "rows": self.rows, "ranks": ranks}
+            state |= {"recent": list(self.recent)}
+            state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+            accuracies = [row[f"{self.split}_accuracy"] or 0 for row in self.rows]
+            with self._writing():
+                save_checkpoint(self.folder / NAMES[self.model], state)
+                if self.best_name and self.step == 0 and accuracies and accuracies[-1] == max(accuracies):
+                    save_checkpoint(self.folder / self.best_name, trained)
+        barrier()
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Put back what `save` wrote. In a world of another size the sums go to rank 0, and random numbers start anew.
+
+        Raises:
+            ValueError: the checkpoint is of other data, does not fit the net or the optimisers, or is past the epochs.
+        """
+        if checkpoint.get("data") != self.data.fingerprint:
+            raise ValueError("the checkpoint's run had other training images, labels, or another order of them")
+        try:
+            self.net.load_state_dict(checkpoint["net"])
+            for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]  # with the options of this command line
+                optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+                lay_out_as_parameters(optimizer)
+            self._restore_ranks(checkpoint["ranks"])
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the checkpoint does not fit: {error}") from error
+        self.epoch, self.rows = checkpoint["epoch"], checkpoint["rows"]
+        self.recent.extend(checkpoint["recent"])
+        if self.epochs < self.epoch + (self.step > 0):
+            raise ValueError(f"--epochs: got {self.epochs}, but the run is past epoch {self.epoch} already")
+
+    def _restore_ranks(self, saved: list[dict[str, Any]]) -> None:
+        """Put back each rank's random numbers, sums, and buffers (BatchNorm's running statistics)."""
+        mine = [saved[rank()]] if len(saved) == world_size() else saved
+        values = mean_buffers([other["buffers"] for other in mine])
+        with torch.no_grad():
+            for name, buffer in self.net.model.named_buffers():
+                buffer.copy_(values[name])
+        if len(saved) == world_size():
+            set_rng_state(saved[rank()]["rng"])
+            self.tally = saved[rank()]["tally"]
+        else:
+            self.tally = saved[0]["tally"] | {
+                key: sum(other["tally"][key] for other in saved) if rank() == 0 else 0
+                for key in ("images", "loss", "correct")
+            }
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn an OSError in the with-block into a WriteError."""
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(f"cannot write to {self.folder}: {error}") from error
+
+
+def new_tally() -> dict[str, Any]:
+    """An epoch's sums so far. Of all ranks: steps, images seen, seconds; of this rank: images, loss, right ones."""
+    return {"step": 0, "seen": 0, "seconds": 0.0, "images": 0, "loss": 0.0, "correct": 0}
+
+
+def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give each state tensor its parameter's memory format: the fused optimisers on a CPU read both in memory order."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter).copy_(value)
+
+
+def plural(number: int, noun: str) -> str:
     """The number with its noun: "1 epoch", "2 epochs"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
@@ -68,36 +438,6 @@ def write_config(folder: Path, args: dict[str, Any], data_source: str, device: t
     os.replace(partial, path)
 
 
-def version(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def git_revision() -> str | None:
-    """This repository's commit, with "-dirty" where files differ from it; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def hardware(device: torch.device) -> str:
-    """One line: the processor and torch's threads or, on CUDA, the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
 def write_metrics(path: Path, rows: list[dict[str, float | None]]) -> None:
     """Write all rows so far as CSV, whole or not at all; None, NaN and what a row lacks stay empty."""
     partial = path.with_name(path.name + ".partial")
@@ -107,29 +447,3 @@ def write_metrics(path: Path, rows: list[dict[str, float | None]]) -> None:
         for row in rows:
             writer.writerow({key: "" if value is None or math.isnan(value) else value for key, value in row.items()})
     os.replace(partial, path)
-
-
-class StopRequest:
-    """The signal that asked the run to stop, or None."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Within, the first SIGINT or SIGTERM is only noted in the yielded request; a second one acts as ever."""
-    request = StopRequest()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        request.signal = number
-        for known, handler in previous.items():
-            signal.signal(known, handler)
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

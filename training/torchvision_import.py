@@ -16,13 +16,14 @@ _declarations: list[torch.library.Library] = []  # a Library takes its declarati
 
 
 def import_torchvision() -> ModuleType:
-    """Return torchvision with `torchvision.datasets` loaded.
+    """Return torchvision with `torchvision.datasets` and `torchvision.transforms.v2` loaded.
 
     Raises:
         ImportError: torchvision is not installed, or does not import for another reason than the missing operator.
     """
     try:
         import torchvision.datasets
+        import torchvision.transforms.v2
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise ImportError(f"torchvision does not import: {error}") from error
@@ -33,4 +34,5 @@ def import_torchvision() -> ModuleType:
             library.define(operator + SIGNATURE)
         _declarations.append(library)
         import torchvision.datasets
+        import torchvision.transforms.v2
     return torchvision

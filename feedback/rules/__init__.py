@@ -11,4 +11,10 @@ from feedback.rules.rule import Rule
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (BP, FA, KP, DFA, DKP, LAS, DRTP)}
 
-__all__ = ["RULES", "Rule"]
+
+def learned_rules() -> tuple[str, ...]:
+    """The rules whose B is learned at the points, by an optimiser of its own or in place."""
+    return tuple(name for name, rule in RULES.items() if rule.learns)
+
+
+__all__ = ["RULES", "Rule", "learned_rules"]

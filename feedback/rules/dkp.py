@@ -1,4 +1,4 @@
-"""Direct Kolen-Pollack (Webster, Choi, Ahn 2020): DFA whose B gets the gradient that W into the output would get.
+"""Direct Kolen-Pollack (Webster, Choi, Ahn 2020): DFA whose B gets a gradient as if it were the output's weight on h.
 
 grad_h_l = e @ B_l
 grad_B_l = e^T @ h_l

@@ -12,7 +12,7 @@ from feedback.rules.rule import Rule, output_error
 
 
 def readout_error(error_NK: Tensor, h_ND: Tensor, feedback_KD: Tensor, target_N: Tensor) -> Tensor:
-    """e_l (N, K): what B gets wrong as a readout of h; the gradient of its cross-entropy at h @ B^T."""
+    """e_l (N, K): with B as a linear classifier on h, the gradient of its cross-entropy at its logits h @ B^T."""
     guess_NK = (h_ND @ feedback_KD.T).softmax(1, dtype=torch.promote_types(h_ND.dtype, torch.float32))
     return (guess_NK - F.one_hot(target_N, len(feedback_KD))) / len(target_N)
 

@@ -22,9 +22,10 @@ class Rule:
 
     Attributes:
         name: of `--train-mode` and of `DirectFeedback`.
-        sent: what meets B at a point, giving grad_h = sent @ B (N, D). None where the error goes backward layer by
+        sent: function that returns the error (N, K) in grad_h = sent @ B. None where the error goes backward layer by
             layer, so that a block waits for the blocks above it.
-        correlated: what meets h, giving grad_B = correlated^T @ h (K, D). None where B is not of a point, or fixed.
+        correlated: function that returns the error (N, K) in grad_B = correlated^T @ h. None if B is fixed, or belongs
+            to a layer.
         layerwise: B has the shape of each layer's weight, and carries the error through that layer.
         as_weight: B gets the gradient of the weight and belongs into its optimiser (layerwise rules only).
         needs_target: `sent` or `correlated` reads the labels.

@@ -24,7 +24,7 @@ def wrap(args: Namespace, model: nn.Module, example: Tensor) -> DirectFeedback:
 
 
 def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> list[torch.optim.Optimizer]:
-    """SGD with momentum for the weights, and for KP's B with them; where B has an optimiser of its own, Adam for B."""
+    """SGD with momentum for the weights and KP's B; with --b-update optimizer, also Adam for B."""
     weights = net.parameters() if RULES[args.train_mode].as_weight else net.model.parameters()
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(weights, args.lr, momentum=args.momentum, nesterov=nesterov, weight_decay=args.wd, fused=True)
@@ -44,22 +44,27 @@ def one_cycle(done: float) -> float:
     return (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-def set_learning_rates(
-    args: Namespace, net: DirectFeedback, optimizers: list[torch.optim.Optimizer], steps: int, epoch: int, step: int
-) -> dict[str, float | None]:
-    """Set the learning rates of `step` of the `steps` of `epoch`, both 1 for the first.
+def learning_rates(args: Namespace, epoch: int, step: int, steps: int) -> dict[str, float | None]:
+    """The learning rates of W, `lr`, and B, `feedback_lr`, at `step` of the `steps` of `epoch`, both 1 for the first.
 
-    The schedule is W's, and KP's B follows W; the learning rate of DKP's and LAS's B decays by gamma an epoch. A
-    function of the arguments and of the step alone, so that a resumed run finds it. Returns both, None for a B that
-    does not learn.
+    The schedule is W's, and KP's B follows W; the learning rate of DKP's and LAS's B decays by gamma an epoch. None for
+    a B that does not learn.
     """
     lr = args.lr
     if args.schedule == "one-cycle":
         lr *= one_cycle(((epoch - 1) * steps + step - 0.5) / (args.epochs * steps))  # a step is at its middle
+    if RULES[args.train_mode].as_weight:
+        return {"lr": lr, "feedback_lr": lr}
     b_lr = args.b_lr * args.gamma ** (epoch - 1) if RULES[args.train_mode].learns else None
-    for optimizer, value in zip(optimizers, (lr, b_lr), strict=False):
+    return {"lr": lr, "feedback_lr": b_lr}
+
+
+def set_learning_rates(
+    rates: dict[str, float | None], optimizers: list[torch.optim.Optimizer], net: DirectFeedback
+) -> None:
+    """Set `learning_rates`' rates in W's optimiser and in B's, if there is one; for a B in place, `net.feedback_lr`."""
+    for optimizer, key in zip(optimizers, ("lr", "feedback_lr"), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = value
-    if args.b_update == "inplace":
-        net.feedback_lr = b_lr
-    return {"lr": lr, "feedback_lr": lr if RULES[args.train_mode].as_weight else b_lr}
+            group["lr"] = rates[key]
+    if net.update == "inplace":
+        net.feedback_lr = rates["feedback_lr"]

@@ -1,0 +1,292 @@
+"""The batches of an epoch: CIFAR-10 as it is, a CIFAR set cropped on the device, or an ImageNet folder through workers.
+
+Every rank takes its share of the same global batches. What is random about an image is a function of seed, epoch and
+place alone, so neither a resume nor the number of ranks changes it.
+
+Shapes: N images of a rank's batch, S pixels a side.
+"""
+
+import hashlib
+import itertools
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.augment import centre_crops, random_crops, resize_crops, resized_side
+from training.data import ImageSet, epoch_order, normalise
+from training.distributed import rank, world_size
+from training.torchvision_import import import_torchvision
+
+Batches = Iterator[tuple[Tensor, Tensor, int]]  # images, labels, and the number of images of all ranks together
+CPU_CHUNK = 64  # images cropped at a time, so that what lies between the two products stays in the cache
+
+
+@dataclass
+class Data:
+    """Batches of images (N, 3, S, S) on the device, scaled to -1..1, labels (N,), and the images of all ranks.
+
+    Attributes:
+        name: the data set's name.
+        where: where it was found.
+        classes: the names of its classes.
+        images: how many an epoch trains on, all ranks together.
+        steps: how many an epoch has.
+        train: train(epoch, seen) yields this rank's batches of the epoch, after `seen` images over all ranks.
+        test: test() yields this rank's share of the test images.
+        probe: images and labels of the training set, to measure angles on.
+        fingerprint: identifies the training data; a resumed run compares it.
+    """
+
+    name: str
+    where: str
+    classes: list[str]
+    images: int
+    steps: int
+    train: Callable[[int, int], Batches]
+    test: Callable[[], Batches]
+    probe: tuple[Tensor, Tensor]
+    fingerprint: str
+
+
+def whole_images(
+    images: ImageSet,
+    batch_size: int,
+    test_batch_size: int,
+    seed: int,
+    probe_images: int,
+    *,
+    least: int = 1,
+    limit: int | None = None,
+) -> Data:
+    """The images of a CIFAR set as they are, in one process.
+
+    Args:
+        images: on the device to train on.
+        batch_size, test_batch_size: images a batch.
+        seed: of the order.
+        probe_images: how many, the first training images.
+        least: a last batch of fewer images is left out.
+        limit: batches of an epoch, and of a test; all by default.
+
+    Raises:
+        ValueError: no batch would be left.
+    """
+    count = len(images.x_train)
+    steps = math.ceil(count / batch_size) - (0 < count % batch_size < least)
+    if steps == 0:
+        raise ValueError(f"{images.source} has too few training images ({count}), expected {least} or more")
+
+    def batches(x: Tensor, y: Tensor, pieces: Iterator[Tensor | slice]) -> Batches:
+        for piece in pieces:
+            labels = y[piece]
+            yield normalise(x[piece]), labels, len(labels)
+
+    def train(epoch: int, seen: int) -> Batches:
+        order = epoch_order(count, seed, epoch)[seen:].to(images.x_train.device)
+        return batches(images.x_train, images.y_train, iter(order.split(batch_size)))
+
+    def test() -> Batches:
+        starts = itertools.islice(range(0, len(images.x_test), test_batch_size), limit)
+        return batches(images.x_test, images.y_test, (slice(start, start + test_batch_size) for start in starts))
+
+    probe = (normalise(images.x_train[:probe_images]), images.y_train[:probe_images])
+    return Data(
+        name=images.name,
+        where=images.source,
+        classes=images.classes,
+        images=count,
+        steps=min(steps, limit or steps),
+        train=train,
+        test=test,
+        probe=probe,
+        fingerprint=images.sha256(),
+    )
+
+
+def global_batches(images: int, batch_size: int, seed: int, epoch: int, seen: int) -> list[Tensor]:
+    """The index batches that are left of an epoch. A short last one is left out if a rank would get under 2 images."""
+    batches = list(epoch_order(images, seed, epoch)[seen:].split(batch_size))
+    if batches and len(batches[-1]) < 2 * world_size():
+        batches.pop()
+    return batches
+
+
+def share(batch: Tensor) -> slice:
+    """This rank's stretch of a global batch; the stretches differ by one image at most."""
+    start, stop = (len(batch) * number // world_size() for number in (rank(), rank() + 1))
+    return slice(start, stop)
+
+
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """A random generator of its own for each (seed, *numbers)."""
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def steps_of(images: int, batch_size: int, limit: int | None) -> int:
+    """Steps of an epoch: one for each global batch, as `global_batches` cuts them, at most `limit`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = math.ceil(images / batch_size) - (0 < images % batch_size < 2 * world_size())
+    if steps == 0:
+        raise ValueError(f"too few training images ({images}), expected 2 or more for each of {world_size()} processes")
+    return min(steps, limit or steps)
+
+
+def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images: int, limit: int | None = None) -> Data:
+    """RandomResizedCrop and flip for training, Resize and CenterCrop for test, a whole batch at once on the device.
+
+    A training batch lies in memory that the next one overwrites.
+
+    Args:
+        images: a CIFAR set, on the device to train on.
+        size: S.
+        batch_size: images of a global batch.
+        seed: of order, crops and flips.
+        probe_images: how many, spread over the training set.
+        limit: batches of an epoch, and of a test; all by default.
+
+    Raises:
+        ValueError: there are too few images.
+    """
+    count, side = len(images.x_train), images.x_train.shape[2]
+    device = images.x_train.device
+
+    buffer = torch.empty(-(-batch_size // world_size()), 3, size, size, device=device)
+    chunk = CPU_CHUNK if device.type == "cpu" else batch_size
+
+    def train(epoch: int, seen: int) -> Batches:
+        for batch in global_batches(count, batch_size, seed, epoch, seen):
+            boxes, flips = random_crops(len(batch), side, generator(seed, epoch, int(batch[0])))
+            mine = share(batch)
+            index = batch[mine].to(device)
+            small = normalise(images.x_train[index])
+            x = buffer[: len(index)]
+            for part in zip(*(t.split(chunk) for t in (small, boxes[mine], flips[mine], x)), strict=True):
+                resize_crops(*part[:3], size, out=part[3])
+            yield x, images.y_train[index], len(batch)
+
+    def test() -> Batches:
+        x, y = images.x_test[rank() :: world_size()], images.y_test[rank() :: world_size()]
+        per_rank = -(-batch_size // world_size())
+        pairs = zip(x.split(per_rank), y.split(per_rank), strict=True)
+        for pixels, labels in itertools.islice(pairs, limit):
+            yield centre_crops(normalise(pixels), size), labels, len(labels)
+
+    spread = torch.linspace(0, count - 1, probe_images).long().to(device)
+    return Data(
+        name=images.name,
+        where=images.source,
+        classes=images.classes,
+        images=count,
+        steps=steps_of(count, batch_size, limit),
+        train=train,
+        test=test,
+        probe=(centre_crops(normalise(images.x_train[spread]), size), images.y_train[spread]),
+        fingerprint=images.sha256(),
+    )
+
+
+class SeededImages(Dataset):
+    """An image folder whose random transform of image i is a function of (seed, epoch, i)."""
+
+    def __init__(self, folder: Dataset, seed: int, epoch: int) -> None:
+        self.folder, self.seed, self.epoch = folder, seed, epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The transformed image (3, S, S) and its label."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator(self.seed, self.epoch, index).get_state())
+            return self.folder[index]
+
+
+def image_folder(
+    folder: Path,
+    size: int,
+    batch_size: int,
+    seed: int,
+    probe_images: int,
+    workers: int,
+    device: torch.device,
+    limit: int | None = None,
+) -> Data:
+    """An ImageNet folder, train/CLASS/* and val/CLASS/*, through torchvision's transforms and DataLoader workers.
+
+    Args:
+        folder: of train/ and val/.
+        size, batch_size, seed, probe_images, limit: as in `crops`.
+        workers: processes that read images.
+        device: that the batches go to.
+
+    Raises:
+        ValueError: a folder or the images in it are missing or too few, or train and val have other classes.
+    """
+    try:
+        torchvision = import_torchvision()
+    except ImportError as error:
+        raise ValueError(f"--dataset imagenet needs torchvision: {error}") from error
+    datasets, v2 = torchvision.datasets, torchvision.transforms.v2
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
+    centre = v2.Compose([v2.Resize(resized_side(size)), v2.CenterCrop(size), *to_tensor])
+    try:
+        train = datasets.ImageFolder(folder / "train", random)
+        plain, test = datasets.ImageFolder(folder / "train", centre), datasets.ImageFolder(folder / "val", centre)
+    except OSError as error:
+        raise ValueError(f"cannot read an ImageNet folder (train/CLASS/*, val/CLASS/*) in {folder}: {error}") from error
+    if train.classes != test.classes:
+        raise ValueError(f"{folder}: train/ has {len(train.classes)} classes, val/ not the same ones")
+
+    def load(dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            worker_init_fn=ignore_signals,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def train_batches(epoch: int, seen: int) -> Batches:
+        batches = global_batches(len(train), batch_size, seed, epoch, seen)
+        mine = [batch[share(batch)].tolist() for batch in batches]
+        for (x, y), batch in zip(load(SeededImages(train, seed, epoch), mine), batches, strict=True):
+            yield x, y, len(batch)
+
+    def test_batches() -> Batches:
+        mine = range(rank(), len(test), world_size())
+        per_rank = -(-batch_size // world_size())
+        batches = [list(mine[i : i + per_rank]) for i in range(0, len(mine), per_rank)]
+        for x, y in load(test, batches[:limit]):
+            yield x, y, len(y)
+
+    spread = torch.linspace(0, len(train) - 1, probe_images).long().tolist()
+    names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in train.samples)
+    return Data(
+        name="imagenet",
+        where=str(folder),
+        classes=train.classes,
+        images=len(train),
+        steps=steps_of(len(train), batch_size, limit),
+        train=train_batches,
+        test=test_batches,
+        probe=next(load(plain, [spread])),
+        fingerprint=hashlib.sha256(names.encode()).hexdigest(),
+    )
+
+
+def ignore_signals(worker: int) -> None:
+    """Ignore SIGINT and SIGTERM in a DataLoader worker: its parent decides when to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
