@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main
 from feedback import DirectFeedback
 from training.batches import Data
-from training.run import Run
+from training.run import DivergedError, Run
 
 POINTS = ("0", "2")
 
@@ -35,10 +35,11 @@ def make_net(rule, options):
     return net
 
 
-def train(net, train_net, rank, world, steps, folder):
+def train(net, train_net, rank, world, steps, folder, nan_at=None):
     """An epoch of main.py's loop on this rank's share of the same batches of 6 and, in every third step, 5 images.
 
-    But not for LAS: a rank's own error e_l is the mean over its images, whatever their share of the batch.
+    But not for LAS: a rank's own error e_l is the mean over its images, whatever their share of the batch. In step
+    `nan_at` the images of rank 1 are NaN.
     """
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
 
@@ -50,7 +51,8 @@ def train(net, train_net, rank, world, steps, folder):
             x = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
             y = torch.randint(3, (images,), generator=generator)
             mine = slice(images * rank // world, images * (rank + 1) // world)
-            yield x[mine], y[mine], images
+            factor = torch.nan if step == nan_at and rank == 1 else 1
+            yield x[mine] * factor, y[mine], images
 
     data = Data(
         name="random",
@@ -79,4 +81,9 @@ def run(rank, world, port, modes, steps, folder):
         net = make_net(rule, options)
         metrics = train(net, DistributedDataParallel(net), rank, world, steps, folder)
         torch.save({"net": net.state_dict(), "metrics": metrics}, f"{folder}/{name}-{rank}.pt")
+    net = make_net("DKP", {})
+    try:
+        train(net, DistributedDataParallel(net), rank, world, steps, folder, nan_at=3)
+    except DivergedError as error:
+        Path(f"{folder}/diverged-{rank}.txt").write_text(str(error))
     dist.destroy_process_group()

@@ -24,10 +24,15 @@ WORLD, STEPS = 2, 20
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The state dict and train metrics of every mode and rank, by mode; two processes train them all."""
+    """The state dict and train metrics of every mode and rank, by mode; two processes train them all.
+
+    Last they train on a NaN that rank 1 alone has: both ranks end before the update.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     args = (WORLD, free_port(), MODES, STEPS, str(folder))
     multiprocessing.start_processes(run, args, nprocs=WORLD, start_method="spawn")
+    diverged = [(folder / f"diverged-{rank}.txt").read_text() for rank in range(WORLD)]
+    assert all("the loss is nan at epoch 1, step 4: stopped before the update" in text for text in diverged)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)] for name in MODES
     }
