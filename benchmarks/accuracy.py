@@ -79,7 +79,7 @@ def convnet_stages(mode: str) -> list[list[Changes]]:
         b_lr: list[Changes] = [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}]
         return [weights, b_lr, [{"--gamma": "1"}], [{"--b-wd": "1e-3"}], [{"--b-scale": "0"}], beyond]
     rest: list[Changes] = [{"--b-scale": "0.5"}, {"--b-scale": "2"}]
-    if mode == "BP":
+    if not RULES[mode].has_feedback:
         rest = [{"--lr": "0.03"}, {"--schedule": "constant", "--lr": "0.005"}]
     return [weights, [{"--lr": "0.02"}], [{"--wd": "1e-4"}, {"--wd": "1e-3"}], rest, beyond]
 
@@ -104,7 +104,7 @@ def alexnet_stages(mode: str) -> list[list[Changes]]:
         "DKP": [{"--lr": "0.05"}, {"--lr": "0.1"}],
         "LAS": [{"--b-lr": "1e-3"}, {"--lr": "0.05"}],
     }
-    beyond: list[Changes] = [{"--lr": "0.01" if mode == "DFA" else "0.02"}]
+    beyond: list[Changes] = [{"--lr": {"DFA": "0.01"}.get(mode, "0.02")}]
     more: list[Changes] = [{"--lr": "0.005"}, {"--lr": "0.05"}]
     return [weights, second.get(mode, more), beyond, last.get(mode, [{"--wd": "1e-3"}, {"--wd": "3e-3"}])]
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 import main
-from feedback import DirectFeedback
+from feedback import RULES, DirectFeedback
 from training.batches import Data
 from training.run import DivergedError, Run
 
@@ -38,7 +38,7 @@ def make_net(rule, options):
 def train(net, train_net, rank, world, steps, folder, nan_at=None):
     """An epoch of main.py's loop on this rank's share of the same batches of 6 and, in every third step, 5 images.
 
-    But not for LAS: a rank's own error e_l is the mean over its images, whatever their share of the batch. In step
+    But not by LAS and DRTP: what they make of the labels is a mean over a rank's images, whatever their share. In step
     `nan_at` the images of rank 1 are NaN.
     """
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -47,7 +47,7 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None):
         net.model[0][1].eval()
         generator = torch.Generator().manual_seed(1)
         for step in range(steps):
-            images = 5 if step % 3 == 2 and net.rule != "LAS" else 6
+            images = 5 if step % 3 == 2 and not RULES[net.rule].needs_target else 6
             x = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
             y = torch.randint(3, (images,), generator=generator)
             mine = slice(images * rank // world, images * (rank + 1) // world)

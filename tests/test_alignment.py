@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from variants import each, feed_back_the_weights
 
 from feedback import DirectFeedback, alignment
 from models import ConvNet
@@ -50,8 +51,7 @@ def test_angle_is_about_90_for_a_fresh_random_b(rule):
 @pytest.mark.parametrize("rule", ["FA", "KP"])
 def test_angle_is_zero_where_the_layers_b_is_their_weight(rule):
     net = make(rule)
-    for name, B in net.feedback.state_dict(keep_vars=True).items():
-        B.data.copy_(net.model.get_submodule(name.replace("_", ".")).weight.data)
+    feed_back_the_weights(net)
     for values in alignment(net, *probe()).values():
         assert values.get("alignment_deg", 0) < 0.05
 
@@ -139,10 +139,7 @@ def test_measuring_leaves_no_trace(update):
     assert net.training
 
 
-@pytest.mark.parametrize(
-    ("rule", "options"),
-    [("BP", {}), ("FA", {}), ("KP", {}), ("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1})],
-)
+@each("BP", "FA", "KP", "DFA", "DKP-optimizer", "DKP-inplace")
 def test_every_rule_learns_and_dkp_aligns(rule, options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))

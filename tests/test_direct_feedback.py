@@ -9,16 +9,13 @@ import torch.nn.functional as F
 from reference import convnet_gradients, mlp_gradients
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from variants import IN_PLACE, VARIANTS, each
 
 from feedback import RULES, DirectFeedback, Rule, direct_feedback
 from models import ConvNet
 
-LEARNING = [("DFA", {}), ("DKP", {}), ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01})]
-IDS = ["DFA", "DKP-optimizer", "DKP-inplace"]
-WITH_B = [("FA", {}), ("KP", {}), *LEARNING, ("LAS", {}), ("LAS", LEARNING[2][1]), ("DRTP", {})]
-WITH_B_IDS = ["FA", "KP", *IDS, "LAS-optimizer", "LAS-inplace", "DRTP"]
-ALL = [("BP", {}), *WITH_B]
-ALL_IDS = ["BP", *WITH_B_IDS]
+LEARNING = ("DFA", "DKP-optimizer", "DKP-inplace")
+WITH_B = [name for name in VARIANTS if name != "BP"]
 
 
 def small_net(dtype=torch.float64):
@@ -186,7 +183,7 @@ class InputGradientCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
+@each()
 def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
     net = make(rule, **options)
     x, y = data()
@@ -202,7 +199,7 @@ def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
 # --- any use of a module
 
 
-@pytest.mark.parametrize(("rule", "options"), WITH_B, ids=WITH_B_IDS)
+@each(*WITH_B)
 @pytest.mark.parametrize("batch", [1, 2, 9])
 def test_any_batch_size(rule, options, batch):
     net = make(rule, **options)
@@ -238,7 +235,7 @@ def test_two_forwards_before_one_backward(rule):
 def test_two_forwards_before_one_backward_step_b_twice_in_place():
     """Each backward is a step of B: the outcome is that of two steps, one after the other, in either order."""
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
-    options = LEARNING[2][1]
+    options = IN_PLACE
     together = make("DKP", **options)
     (F.cross_entropy(together(x1), y1) + F.cross_entropy(together(x2), y2)).backward()
     orders = []
@@ -255,7 +252,7 @@ def test_two_forwards_before_one_backward_step_b_twice_in_place():
     assert any(matches)
 
 
-@pytest.mark.parametrize(("rule", "options"), WITH_B, ids=WITH_B_IDS)
+@each(*WITH_B)
 @pytest.mark.parametrize("converted", ["before", "after"])
 def test_channels_last_equals_contiguous(rule, options, converted):
     x, y = data()
@@ -298,7 +295,7 @@ def plain_direct_feedback_gradients(net, x, y):
     return dict(zip(parameters, torch.autograd.grad(surrogate, list(parameters.values())), strict=True))
 
 
-@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS)
+@each(*LEARNING)
 def test_bfloat16_autocast_is_as_exact_as_plain_pytorch(rule, options):
     x, y = data(16)
     exact_net = make(rule, **options)
@@ -323,7 +320,7 @@ def test_bfloat16_autocast_is_as_exact_as_plain_pytorch(rule, options):
         assert (change - expected).norm() <= 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
+@each()
 def test_compiles_without_a_graph_break(rule, options):
     torch._dynamo.reset()
     net = make(rule, torch.float32, **options)
@@ -342,7 +339,7 @@ def test_compiles_without_a_graph_break(rule, options):
             torch.testing.assert_close(B, expected_B)
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
+@each()
 def test_deep_copy_is_independent(rule, options):
     net = make(rule, **options)
     twin = copy.deepcopy(net)
@@ -355,7 +352,7 @@ def test_deep_copy_is_independent(rule, options):
         assert mine.data_ptr() != theirs.data_ptr()
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
+@each()
 def test_state_dict_round_trip_into_a_fresh_object(rule, options, tmp_path):
     net = make(rule, **options)
     x, y = data()
@@ -372,7 +369,7 @@ def test_state_dict_round_trip_into_a_fresh_object(rule, options, tmp_path):
     assert len(in_state) == (0 if rule == "BP" else 3)
 
 
-@pytest.mark.parametrize(("rule", "options"), ALL, ids=ALL_IDS)
+@each()
 def test_eval_and_no_grad_are_the_bare_model(rule, options):
     net = make(rule, **options)
     x, _ = data()
@@ -419,7 +416,7 @@ def test_feedback_is_parameter_buffer_or_absent():
     assert [B.shape for B in make("DFA").matrices()] == shapes
     assert len(list(make("DFA").feedback.buffers())) == 3 and not list(make("DFA").feedback.parameters())
     assert [B.requires_grad for B in make("DKP").feedback.parameters()] == [True] * 3
-    assert [B.requires_grad for B in make("DKP", **LEARNING[2][1]).feedback.parameters()] == [False] * 3
+    assert [B.requires_grad for B in make("DKP", **IN_PLACE).feedback.parameters()] == [False] * 3
     bound = (6 / 64) ** 0.5  # kaiming-uniform with fan-in D = 4 * 4 * 4, both signs
     first = make("DFA").matrices()[0]
     assert first.abs().max() <= bound and first.max() > 0.8 * bound and first.min() < -0.8 * bound
@@ -493,7 +490,7 @@ def test_a_refused_model_is_left_without_hooks():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("rule", "options"), LEARNING, ids=IDS)
+@each(*LEARNING)
 def test_an_output_changed_in_place_further_up_is_refused_where_it_is_needed(rule, options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))

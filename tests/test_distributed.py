@@ -4,20 +4,9 @@ import pytest
 import torch
 from distributed_worker import make_net, run, train
 from torch import multiprocessing
+from variants import VARIANTS
 
 from training.launch import free_port
-
-MODES = {
-    "BP": ("BP", {}),
-    "FA": ("FA", {}),
-    "KP": ("KP", {}),
-    "DFA": ("DFA", {}),
-    "DKP-optimizer": ("DKP", {}),
-    "DKP-inplace": ("DKP", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}),
-    "LAS-optimizer": ("LAS", {}),
-    "LAS-inplace": ("LAS", {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}),
-}
-
 
 WORLD, STEPS = 2, 20
 
@@ -29,18 +18,19 @@ def trained(tmp_path_factory):
     Last they train on a NaN that rank 1 alone has: both ranks end before the update.
     """
     folder = tmp_path_factory.mktemp("ranks")
-    args = (WORLD, free_port(), MODES, STEPS, str(folder))
+    args = (WORLD, free_port(), VARIANTS, STEPS, str(folder))
     multiprocessing.start_processes(run, args, nprocs=WORLD, start_method="spawn")
     diverged = [(folder / f"diverged-{rank}.txt").read_text() for rank in range(WORLD)]
     assert all("the loss is nan at epoch 1, step 4: stopped before the update" in text for text in diverged)
     return {
-        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)] for name in MODES
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+        for name in VARIANTS
     }
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_equal_one_process(name, trained, tmp_path):
-    rule, options = MODES[name]
+    rule, options = VARIANTS[name]
     alone = make_net(rule, options)
     start = {key: value.clone() for key, value in alone.state_dict().items()}
     loss, accuracy = train(alone, alone, 0, 1, STEPS, tmp_path)
@@ -50,5 +40,5 @@ def test_two_ranks_equal_one_process(name, trained, tmp_path):
     for key, value in alone.state_dict().items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value)
-        fixed = ".1.running" in key or ".1.num" in key or (rule in ("FA", "DFA") and key.startswith("feedback"))
+        fixed = ".1.running" in key or ".1.num" in key or (rule in ("FA", "DFA", "DRTP") and key.startswith("feedback"))
         assert torch.equal(start[key], value) == fixed, key

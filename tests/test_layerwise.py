@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from reference import layerwise_gradients
 from torch import nn
+from variants import assert_equals_bp_where_b_is_the_weight, feed_back_the_weights
 
 from feedback import DirectFeedback
 from feedback.layerwise import layer_feedback
@@ -80,16 +81,9 @@ def test_equals_bp_where_b_is_the_weight(rule, make):
     model = make().double()
     size = 32 if isinstance(model, ConvNet) else 63
     x, y = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([3, 1])
-    net = DirectFeedback(copy.deepcopy(model), model.points, rule, x)
+    net = assert_equals_bp_where_b_is_the_weight(model, model.points, rule, x, y)
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     assert list(matrices(net)) == [name.replace(".", "_") for name in layers[1:]]
-    for name in layers[1:]:
-        matrices(net)[name.replace(".", "_")].data.copy_(model.get_submodule(name).weight.data)
-    for module in (net, model):
-        torch.manual_seed(1)
-        F.cross_entropy(module(x), y).backward()
-    for got, expected in zip(net.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -116,8 +110,7 @@ def test_bfloat16_autocast_is_as_exact_as_bp(rule):
     x, y = data(16)
     plain = copy.deepcopy(exact).float()
     net = wrap(rule, copy.deepcopy(exact)).float()
-    for name, B in matrices(net).items():
-        B.data.copy_(exact.get_submodule(name).weight)
+    feed_back_the_weights(net)
     F.cross_entropy(exact(x), y).backward()
     for module in (plain, net):
         with torch.autocast("cpu", torch.bfloat16):
@@ -157,13 +150,7 @@ def test_linear_layers_take_inputs_of_any_dimensions(rule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Flatten(), nn.Linear(12, 3)).double()
     x, y = torch.randn(3, 2, 4, dtype=torch.float64), torch.arange(3)
-    net = DirectFeedback(copy.deepcopy(model), ("1",), rule, x)
-    for name, B in matrices(net).items():
-        B.data.copy_(model.get_submodule(name).weight.data)
-    for module in (net, model):
-        F.cross_entropy(module(x), y).backward()
-    for got, expected in zip(net.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad)
+    assert_equals_bp_where_b_is_the_weight(model, ("1",), rule, x, y)
 
 
 @both
@@ -191,13 +178,7 @@ def test_a_layer_called_twice_uses_its_b_twice(rule):
 
     torch.manual_seed(0)
     model, x = Twice().double(), torch.randn(5, 4, dtype=torch.float64)
-    net = DirectFeedback(copy.deepcopy(model), ("first",), rule, x)
-    for name, B in matrices(net).items():
-        B.data.copy_(model.get_submodule(name).weight.data)
-    for module in (net, model):
-        F.cross_entropy(module(x), torch.arange(5) % 3).backward()
-    for got, expected in zip(net.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad)
+    assert_equals_bp_where_b_is_the_weight(model, ("first",), rule, x, torch.arange(5) % 3)
 
 
 def test_a_frozen_layer_and_its_b_stay():
@@ -289,14 +270,8 @@ def test_modules_without_a_matrix_that_is_transported_stay_exact():
         nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm((2, 4)), nn.PReLU(), nn.Flatten(), nn.Linear(8, 3)
     )
     x = torch.tensor([[1, 2], [8, 0]])
-    net = DirectFeedback(copy.deepcopy(model), ("1",), "FA", x)
+    net = assert_equals_bp_where_b_is_the_weight(model, ("1",), "FA", x, torch.arange(2))
     assert list(matrices(net)) == ["1", "5"]
-    for name, B in matrices(net).items():
-        B.copy_(model.get_submodule(name).weight.detach())
-    for module in (net, model):
-        F.cross_entropy(module(x), torch.arange(2)).backward()
-    for got, expected in zip(net.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad)
 
 
 def test_a_matrix_of_another_shape_is_refused():

@@ -1,0 +1,47 @@
+"""Every rule and update of B, and what several test files ask of a net."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from feedback import DirectFeedback
+
+IN_PLACE = {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}
+VARIANTS = {  # name: rule and options of DirectFeedback
+    "BP": ("BP", {}),
+    "FA": ("FA", {}),
+    "KP": ("KP", {}),
+    "DFA": ("DFA", {}),
+    "DKP-optimizer": ("DKP", {}),
+    "DKP-inplace": ("DKP", IN_PLACE),
+    "LAS-optimizer": ("LAS", {}),
+    "LAS-inplace": ("LAS", IN_PLACE),
+    "DRTP": ("DRTP", {}),
+}
+
+
+def each(*names):
+    """Parametrize a test over `rule` and `options` of these variants, by default all."""
+    names = names or VARIANTS
+    return pytest.mark.parametrize(("rule", "options"), [VARIANTS[name] for name in names], ids=names)
+
+
+def feed_back_the_weights(net):
+    """Let each layer's B of FA or KP be its weight, so that the rule is backpropagation."""
+    layers = {name.replace(".", "_"): module for name, module in net.model.named_modules()}
+    for name, B in net.feedback.state_dict(keep_vars=True).items():
+        B.data.copy_(layers[name].weight.data)
+
+
+def assert_equals_bp_where_b_is_the_weight(model, points, rule, x, y):
+    """By FA and KP every parameter gets backpropagation's gradient, where B is the weight."""
+    net = DirectFeedback(copy.deepcopy(model), points, rule, x)
+    feed_back_the_weights(net)
+    for module in (net, model):
+        torch.manual_seed(1)
+        F.cross_entropy(module(x), y).backward()
+    for got, expected in zip(net.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+    return net
