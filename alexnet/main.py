@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from main import autocast, train
+from main import evaluate_or_train
 from models import AlexNet
 from training.arguments import (
     Parser,
@@ -33,15 +33,14 @@ from training.arguments import (
 )
 from training.augment import resized_side
 from training.batches import Data, crops, image_folder
-from training.checkpoint import CONTENT, NAMES, TRAINED, load_checkpoint, trained_state
+from training.checkpoint import CONTENT, NAMES, TRAINED, load_checkpoint
 from training.classify import classify
 from training.data import load_images
 from training.distributed import barrier, gather, rank, world_size
-from training.evaluate import evaluate, in_a_line
 from training.launch import check, device_of, launch, processes_per_node, restarts, under_torchrun
 from training.machine import reuse_memory
 from training.optim import make_optimizers, wrap
-from training.run import DIVERGED, DIVERGED_MARK, Run, RunEndedError, make_run_folder, write_config
+from training.run import DIVERGED, DIVERGED_MARK, Run, make_run_folder
 
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
@@ -175,10 +174,7 @@ def work(args: Namespace, device: torch.device) -> int:
 
     torch.manual_seed(args.seed)
     model = AlexNet(len(data.classes)).to(device)
-    example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
-    if args.channels_last:
-        model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
-    net = wrap(args, model, example)
+    net = wrap(args, model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
     optimizers = make_optimizers(args, net, nesterov=False)
     torch.manual_seed(args.seed + rank())  # dropout: another mask on every rank
     train_net: nn.Module = net
@@ -203,38 +199,7 @@ def work(args: Namespace, device: torch.device) -> int:
         best_name=BEST,
         epoch=args.start_epoch,
     )
-    try:
-        if args.evaluate:
-            model.load_state_dict(trained_state(checkpoint))
-            tested = evaluate(net, data.test(), autocast(args, device))
-            if rank() == 0:
-                print(in_a_line(tested, run.split))
-            return 0
-        if checkpoint is not None:
-            run.restore(checkpoint)
-        if rank() == 0:
-            write_config(folder, vars(args), data.where, device)
-    except (ValueError, RuntimeError, OSError) as error:
-        make_parser().error(f"{folder}: {error}")
-    del checkpoint
-    if rank() == 0:
-        world = "1 process" if world_size() == 1 else f"{world_size()} processes"
-        print(
-            f"{args.train_mode} on {data.where}, {device}, {world}; run folder {folder}, "
-            f"from epoch {run.epoch}, step {run.step}",
-            flush=True,
-        )
-    try:
-        train(args, net, train_net, optimizers, data, run)
-        if rank() == 0:
-            print(run.report())
-        if args.save_model:
-            run.save_model()
-    except RunEndedError as error:
-        if rank() == 0:
-            print(error, file=sys.stderr)
-        return error.status
-    return 0
+    return evaluate_or_train(args, checkpoint, net, train_net, optimizers, data, run, make_parser())
 
 
 def main(argv: list[str] | None = None) -> int:

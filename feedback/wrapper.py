@@ -17,14 +17,11 @@ from feedback.state import untouched
 
 
 class _Pass(NamedTuple):
-    """State of the current forward pass: each point's output and its version counter, and the zeros made so far.
-
-    One object, since setting an attribute of an `nn.Module` is slow.
-    """
+    """State of the current forward pass, in one object: setting an attribute of an `nn.Module` is slow."""
 
     cut: bool
-    taps: dict[str, tuple[Tensor, int]]
-    zeros: list[Tensor] | None = None
+    taps: dict[str, tuple[Tensor, int]]  # each point's output and its version counter
+    zeros: list[Tensor] | None = None  # of `feedback_point`, so far
     target: Tensor | None = None
 
 

@@ -1,6 +1,6 @@
 """torch.distributed, so that one process needs no special case: without a process group, the world is one rank."""
 
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -47,3 +47,9 @@ def average_buffers(module: torch.nn.Module) -> None:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer.div_(world_size())
+
+
+def print_once(message: object, file: TextIO | None = None) -> None:
+    """Print from rank 0, at once."""
+    if rank() == 0:
+        print(message, file=file, flush=True)

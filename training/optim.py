@@ -13,7 +13,9 @@ WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
 
 
 def wrap(args: Namespace, model: nn.Module, example: Tensor) -> DirectFeedback:
-    """Wrap `model` at its own points, by the rule, the update of B and the factor on B's start in the arguments."""
+    """Wrap `model` at its own points, in the memory format, by the rule, and with the B that the arguments ask for."""
+    if args.channels_last:
+        model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
     inplace = {}
     if args.b_update == "inplace":
         inplace = {"update": "inplace", "feedback_lr": args.b_lr, "feedback_weight_decay": args.b_wd}
@@ -21,6 +23,11 @@ def wrap(args: Namespace, model: nn.Module, example: Tensor) -> DirectFeedback:
     for matrix in net.feedback.state_dict().values():
         matrix.mul_(args.b_scale)
     return net
+
+
+def autocast(args: Namespace, device: torch.device) -> torch.autocast:
+    """The context of forward passes: bfloat16 with --precision bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> list[torch.optim.Optimizer]:

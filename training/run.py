@@ -393,8 +393,9 @@ def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def plural(number: int, noun: str) -> str:
-    """The number with its noun: "1 epoch", "2 epochs"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """The number with its noun: "1 epoch", "2 processes"."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{ending}"
 
 
 def make_run_folder(folder: Path, model: str) -> None:
