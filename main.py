@@ -30,8 +30,8 @@ from training.run import Run, RunEndedError, make_run_folder, plural, write_conf
 
 IMAGE_SIZE = 32
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = ("recipe", "train_mode", "dataset", "b_update", "b_scale", "batch_size", "seed")
-FIXED_BY_THE_CHECKPOINT += ("precision", "dry_run", "fc_norm", "schedule", "validation")
+FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = ("recipe", "train_mode", "dataset", "b_update", "b_scale", "batch_size")
+FIXED_BY_THE_CHECKPOINT += ("seed", "precision", "dry_run", "fc_norm", "schedule", "validation")
 NOT_KEPT = {"out", "resume", "evaluate", "classify"}  # no part of the experiment: not in the checkpoint
 
 
@@ -39,8 +39,9 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="main.py", description=__doc__)
     parser.set_defaults(momentum=0.9)
-    common = {"epochs": 100, "lr": 5e-4, "wd": 1e-6, "b_lr": 1e-4, "b_wd": 1e-6, "gamma": 0.8, "b_scale": 1.0}
-    training, data, run = add_common_arguments(parser, **common)
+    training, data, run = add_common_arguments(
+        parser, epochs=100, lr=5e-4, wd=1e-6, b_lr=1e-4, b_wd=1e-6, gamma=0.8, b_scale=1.0
+    )
     add = training.add_argument
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (original: 64)")
     add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (original: constant)")
@@ -119,7 +120,7 @@ def evaluate_or_train(
 ) -> int:
     """Evaluate the net of `checkpoint` where --evaluate asks for it, else train from there; return the exit status."""
     try:
-        if args.evaluate:
+        if args.evaluate and checkpoint is not None:
             net.model.load_state_dict(trained_state(checkpoint))
             tested = evaluate(net, data.test(), autocast(args, run.device))
             print_once(in_a_line(tested, run.split))
@@ -149,14 +150,14 @@ def main(argv: list[str] | None = None) -> int:
     reuse_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     try:
-        if args.classify is not None:
+        if args.classify is not None and checkpoint is not None:
             model = ConvNet(len(checkpoint["classes"]), args.fc_norm).to(device)
             return classify(model, checkpoint, args.classify, resized=IMAGE_SIZE, size=IMAGE_SIZE)
         images = load_images(args.dataset, args.data).to(device)
         if args.validation is not None:
             images = images.hold_out(args.validation)
         args.dataset = images.name
-        options = {"least": 2 if args.fc_norm else 1}  # a batch norm in fc1 cannot train on one image
+        options: dict[str, Any] = {"least": 2 if args.fc_norm else 1}  # a batch norm in fc1 cannot train on one image
         options["limit"] = 1 if args.dry_run and not args.evaluate else None
         data = whole_images(images, args.batch_size, args.test_batch_size, args.seed, PROBE_IMAGES, **options)
         name = f"{args.dataset}-{args.train_mode}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

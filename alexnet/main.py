@@ -55,8 +55,9 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="alexnet/main.py", description=__doc__)
     parser.set_defaults(schedule="constant")
-    common = {"epochs": 90, "lr": 0.1, "wd": 1e-4, "b_lr": 0.01, "b_wd": 1e-4, "gamma": 1.0, "b_scale": 0.0}
-    training, data, run = add_common_arguments(parser, **common)
+    training, data, run = add_common_arguments(
+        parser, epochs=90, lr=0.1, wd=1e-4, b_lr=0.01, b_wd=1e-4, gamma=1.0, b_scale=0.0
+    )
     add = training.add_argument
     add("-a", "--arch", choices=("alexnet",), default="alexnet", help="the only one there is: alexnet")
     add(

@@ -15,12 +15,13 @@ import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ from training.synthetic import synthetic_images
 RUNS, COMMITTED = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
 VERSION = 3  # of the layout of sweep.json
 # not for the user to give
-OF_THE_SWEEP = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")
+OF_THE_SWEEP: tuple[str, ...] = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")
 OF_THE_SWEEP += ("-e", "--evaluate", "--classify", "--save-model")
 NAMED = ("best", "original")  # recipes that the scripts know
 HELD_OUT = 5000  # training images on which a search of CIFAR-10's net chooses settings
@@ -92,7 +93,7 @@ def alexnet_stages(mode: str) -> list[list[Changes]]:
     """
     first = {"DFA": ("0.0003", "0.001", "0.003"), "BP": ("0.01", "0.03", "0.1"), "KP": ("0.01", "0.03", "0.1")}
     b_lr: Changes = {"--b-lr": "1e-4"} if RULES[mode].learns else {}
-    weights: list[Changes] = [{"--lr": lr} | b_lr for lr in first.get(mode, ("0.003", "0.01", "0.03"))]
+    weights: list[Changes] = [{"--lr": lr, **b_lr} for lr in first.get(mode, ("0.003", "0.01", "0.03"))]
     second: dict[str, list[Changes]] = {
         "FA": [{"--b-scale": "0.5"}, {"--b-scale": "2"}],
         "DFA": [{"--b-scale": "0.3"}, {"--b-scale": "0.1"}],
@@ -163,7 +164,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--net", choices=NETS, default="convnet", help="and its data: convnet, CIFAR-10; alexnet, CIFAR-100")
     add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
-    modes = {"type": str.upper, "choices": RULES, "default": list(RULES)}
+    modes: dict[str, Any] = {"type": str.upper, "choices": RULES, "default": list(RULES)}
     add("--modes", nargs="+", **modes, metavar="MODE", help=f"default: {' '.join(RULES)}")
     add("--seeds", nargs="+", type=seed, metavar="N", help="default: 1 2 3; 1 for a search")
     add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50, alexnet 90; of a search 3 and 1)")
@@ -430,8 +431,8 @@ def table(outcomes: list[Outcome], split: str, args: Namespace) -> str:
         lines += ["", f"| rule | settings | {' | '.join(titles.values())} |", "|---|---|" + "---|" * len(titles)]
         for outcome in whole:
             angles = {key: f"{statistics.mean(values):.1f}" for key, values in outcome.angles.items()}
-            cells = (angles.get(key, "") for key in titles)
-            lines.append(f"| {outcome.mode} | {outcome.recipe} | {' | '.join(cells)} |")
+            shown = " | ".join(angles.get(key, "") for key in titles)
+            lines.append(f"| {outcome.mode} | {outcome.recipe} | {shown} |")
         lines += [
             "",
             "Angles to BP's in degrees after the last epoch, mean over the n seeds: of the learning signal at each",
@@ -491,7 +492,7 @@ def make_runs(args: Namespace, flags: list[str], folder: Path) -> list[Run]:
     """
     if args.search:
         return [run for mode in args.modes for run in search_runs(mode, folder, args, flags)]
-    recipe: dict[str, Sequence[str]] = dict.fromkeys(args.modes, ())
+    recipe: Mapping[str, Sequence[str]] = dict.fromkeys(args.modes, ())
     name = args.recipe
     if name not in NAMED:
         name, recipe = Path(args.recipe).stem, read_recipe(Path(args.recipe), args.modes)
@@ -510,7 +511,7 @@ def remembered(folder: Path, runs: list[Run], args: Namespace) -> list[Run]:
     kept = json.loads(path.read_text()) if path.exists() else common | {"runs": []}
     if kept.get("version") != VERSION:
         raise ValueError(f"{path} is of layout {kept.get('version')}, expected {VERSION}: name another --name")
-    kept_runs = [Run(**{k: tuple(v) if isinstance(v, list) else v for k, v in run.items()}) for run in kept["runs"]]
+    kept_runs = [Run(**run | {key: tuple(run[key]) for key in ("settings", "flags")}) for run in kept["runs"]]
     known = {run.name: run for run in kept_runs}
     if common | {"runs": kept["runs"]} != kept or any(known.get(run.name, run) != run for run in runs):
         raise ValueError(f"{folder} has a sweep with other settings (see {path.name}): name another --name")
@@ -545,7 +546,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = RUNS / args.name
         if scratch is not None:
             args.data, folder = Path(scratch), Path(scratch) / "runs" / args.name
-            np.savez(args.data / f"{net.dataset}.npz", **synthetic_images(net.classes, 64, 32))
+            images: Mapping[str, Any] = synthetic_images(net.classes, 64, 32)
+            np.savez(args.data / f"{net.dataset}.npz", **images)
             args.seeds, args.epochs = args.seeds[:2], 2
         in_all = sum(len(stage) for mode in args.modes for stage in net.stages(mode)) * len(args.seeds)
         runs: list[Run] = []

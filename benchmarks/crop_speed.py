@@ -9,7 +9,9 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -47,9 +49,9 @@ class PerImage(Dataset):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def images_per_second(stream: object, device: torch.device) -> float:
+def images_per_second(batches: Iterable[Any], device: torch.device) -> float:
     """Run through a stream of batches; the first one, which starts workers and touches memory, does not count."""
-    stream = iter(stream)
+    stream = iter(batches)
     next(stream)
     start, images = time.perf_counter(), 0
     for batch in stream:

@@ -7,6 +7,7 @@ main.py's time includes reading the set, angles and checkpoints; the usual way's
 """
 
 import argparse
+import functools
 import random
 import statistics
 import sys
@@ -114,7 +115,7 @@ def main() -> None:
     train, test = first_images(data, args.quick)
     ways: dict[str, Callable[[], None]] = {"the usual way": lambda: usual_epoch(train, test)}
     for name, flags in RUNS.items():
-        ways[name] = lambda flags=flags: of_main(flags, data.name, args.data, args.quick)
+        ways[name] = functools.partial(of_main, flags, data.name, args.data, args.quick)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     rounds = 1 if args.quick else args.rounds
     with tqdm(total=rounds * len(ways), unit="epoch", leave=False, disable=None) as bar:

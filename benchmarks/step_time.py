@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.raw import MEASURED, write_raw
 from feedback import DirectFeedback
-from models import AlexNet, ConvNet
+from models import AlexNet, ConvNet, Net
 from training.arguments import positive_int
 from training.machine import hardware, reuse_memory
 
@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or No
     "DKP inplace": {"rule": "DKP", "update": "inplace", "feedback_lr": 5e-3, "feedback_weight_decay": 1e-6},
 }
 # many nets of one class are compiled here, told apart by their hooks
-DYNAMO = {"skip_nnmodule_hook_guards": False, "cache_size_limit": 64}
+DYNAMO: dict[str, Any] = {"skip_nnmodule_hook_guards": False, "cache_size_limit": 64}
 CAPTURED = ("graph", "graph-streams")  # executions as a CUDA graph
 Step = Callable[[], None]
 Roots = tuple[list[Tensor], list[Tensor | None]]  # what to go backward from, and the gradients there
@@ -60,7 +60,7 @@ class Cell(NamedTuple):
     batch: int
     ways: list[tuple[str, str, str]]
 
-    def example(self) -> tuple[type[nn.Module], int, int]:
+    def example(self) -> tuple[type[Net], int, int]:
         """The net's class, its image size in pixels, and its number of classes."""
         return (ConvNet, 32, 10) if self.net == "ConvNet" else (AlexNet, 224, 100)
 
@@ -77,7 +77,7 @@ def cells(device: torch.device, quick: bool, streams: bool = False) -> list[Cell
     return [Cell(net, 2 if quick else batch, ways) for net, batch in (sizes[:1] if quick else sizes)]
 
 
-def floor_forward(model: nn.Module) -> Forward:
+def floor_forward(model: Net) -> Forward:
     """A forward pass whose backward gives every block a gradient at its output that nobody had to compute."""
     activations: list[Tensor] = []
     signals: list[Tensor] = []
@@ -110,8 +110,9 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
     x = torch.randn(cell.batch, 3, side, side, device=device)
     y = torch.randint(classes, (cell.batch,), device=device)
     if memory_format == "channels_last":
-        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    kind = {"fused": fused, "weight_decay": 1e-6}
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.to(memory_format=torch.channels_last)
+    kind: dict[str, Any] = {"fused": fused, "weight_decay": 1e-6}
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(model.parameters(), 5e-4, 0.9, nesterov=True, **kind)]
     options = VARIANTS[variant]
     net: nn.Module = model
@@ -122,7 +123,7 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
             optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-4, capturable=capturable, **kind))
     if execution == "compiled":
         net.compile()
-    forward = floor_forward(net) if variant == "floor" else lambda x, y: ([F.cross_entropy(net(x), y)], [None])
+    forward = floor_forward(model) if variant == "floor" else lambda x, y: ([F.cross_entropy(net(x), y)], [None])
     if execution == "graph-streams" and variant != "BP":
         on_side_streams(model)
 
@@ -145,12 +146,12 @@ def side_stream(i: int) -> "torch.cuda.Stream":
 
 
 @functools.cache
-def graph_pool() -> tuple[int, int]:
+def graph_pool() -> Any:
     """The memory that all graphs work in, one after the other: nothing there outlives a step."""
     return torch.cuda.graph_pool_handle()
 
 
-def on_side_streams(model: nn.Module) -> None:
+def on_side_streams(model: Net) -> None:
     """Have each block of `model.points` run on a CUDA stream of its own, its feedback point included.
 
     Autograd runs the backward of an operation on the stream of its forward, so blocks that wait for nothing but e may

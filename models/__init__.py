@@ -3,4 +3,6 @@
 from models.alexnet import AlexNet
 from models.convnet import ConvNet
 
-__all__ = ["AlexNet", "ConvNet"]
+Net = ConvNet | AlexNet
+
+__all__ = ["AlexNet", "ConvNet", "Net"]

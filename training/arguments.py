@@ -29,7 +29,9 @@ class Parser(argparse.ArgumentParser):
         """Print `message` on one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
         """Parse a command line; name the flag that an unknown one comes close to."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:

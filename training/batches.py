@@ -171,8 +171,9 @@ def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images:
             index = batch[mine].to(device)
             small = normalise(images.x_train[index])
             x = buffer[: len(index)]
-            for part in zip(*(t.split(chunk) for t in (small, boxes[mine], flips[mine], x)), strict=True):
-                resize_crops(*part[:3], size, out=part[3])
+            parts = zip(*(t.split(chunk) for t in (small, boxes[mine], flips[mine], x)), strict=True)
+            for pixels, box, flip, out in parts:
+                resize_crops(pixels, box, flip, size, out)
             yield x, images.y_train[index], len(batch)
 
     def test() -> Batches:

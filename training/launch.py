@@ -87,8 +87,8 @@ def launch(args: Namespace, worker: Worker) -> int:
     One process that fails ends the others; its error is printed first.
     """
     if under_torchrun():
-        environment = (int(os.environ[key]) for key in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
-        return record(join_and_work)(args, worker, *environment, "env://")
+        local_rank, rank, world_size = (int(os.environ[key]) for key in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
+        return record(join_and_work)(args, worker, local_rank, rank, world_size, "env://") or 0
     if not args.multiprocessing_distributed:
         if args.world_size > 1:
             return join_and_work(args, worker, args.gpu or 0, args.rank, args.world_size, args.dist_url)

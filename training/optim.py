@@ -4,18 +4,20 @@ import math
 from argparse import Namespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from feedback import RULES, DirectFeedback
+from models import Net
 
 SCHEDULES = ("constant", "one-cycle")
 WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
 
 
-def wrap(args: Namespace, model: nn.Module, example: Tensor) -> DirectFeedback:
+def wrap(args: Namespace, model: Net, example: Tensor) -> DirectFeedback:
     """Wrap `model` at its own points, in the memory format, by the rule, and with the B that the arguments ask for."""
     if args.channels_last:
-        model, example = model.to(memory_format=torch.channels_last), example.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        example = example.to(memory_format=torch.channels_last)
     inplace = {}
     if args.b_update == "inplace":
         inplace = {"update": "inplace", "feedback_lr": args.b_lr, "feedback_weight_decay": args.b_wd}
@@ -73,5 +75,5 @@ def set_learning_rates(
     for optimizer, key in zip(optimizers, ("lr", "feedback_lr"), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rates[key]
-    if net.update == "inplace":
+    if net.update == "inplace" and rates["feedback_lr"] is not None:
         net.feedback_lr = rates["feedback_lr"]

@@ -7,7 +7,7 @@ one; --out names another file.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def read_metrics(run: Path) -> list[Row]:
     return rows
 
 
-def angle_titles(columns: Sequence[str]) -> dict[str, str]:
+def angle_titles(columns: Collection[str]) -> dict[str, str]:
     """The columns that hold angles, each with what it is the angle of."""
     return {
         column: f"{what} {column.removeprefix(prefix).removesuffix('.weight')}"

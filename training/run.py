@@ -109,7 +109,8 @@ class Run:
         self.rows: list[dict[str, float | None]] = []
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # losses of the last steps, all ranks together
         self.tally = new_tally()
-        self._signal, self._handlers = 0, {}  # the signal that asked for a stop; what signals did before
+        self._signal = 0  # the signal that asked for a stop
+        self._handlers: dict[int, Any] = {}  # what signals did before
         self._stopping = False  # whether a signal had come, on any rank, before the step under way
         self._started = self._together = 0.0
         self._writer: SummaryWriter | None = None

@@ -46,7 +46,9 @@ def synthetic_images(num_classes: int, train: int, test: int, seed: int = 0) -> 
     square = torch.linspace(-1, 1, 32).square()[:, None]
     masks = (0.5 + 3 * (blobs + 0.9 - 1.8 * (square + square[:, None]))).clamp(0, 1)  # 1 inside, most of it central
     hues = torch.randn(num_classes * SHAPES, 1, 1, 3, generator=generator)
-    scenes = sum(smooth(colours(SCENES, cells, cells)) / cells**0.8 for cells in (1, 2, 4, 8, 16, 32))
+    scenes = torch.zeros(())
+    for cells in (1, 2, 4, 8, 16, 32):
+        scenes = scenes + smooth(colours(SCENES, cells, cells)) / cells**0.8
 
     labels = torch.arange(train + test) % num_classes
     images = torch.empty(len(labels), 32, 32, 3, dtype=torch.uint8)
