@@ -17,13 +17,22 @@ from torch import nn
 
 from feedback import DirectFeedback
 from models import ConvNet
-from training.arguments import Parser, add_common_arguments, advice, parse_run_arguments, positive_int, run_script
+from training.arguments import (
+    Parser,
+    add_common_arguments,
+    advice,
+    folder_name,
+    parse_run_arguments,
+    positive_int,
+    run_script,
+)
 from training.batches import Data, whole_images
 from training.checkpoint import trained_state
 from training.classify import classify
 from training.data import load_images
 from training.distributed import print_once, rank, world_size
 from training.evaluate import evaluate, in_a_line, measure_angles
+from training.image_files import ImageFileError
 from training.machine import reuse_memory
 from training.optim import SCHEDULES, autocast, learning_rates, make_optimizers, set_learning_rates, wrap
 from training.run import Run, RunEndedError, make_run_folder, plural, write_config
@@ -49,7 +58,13 @@ def make_parser() -> Parser:
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
     add = data.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
-    add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
+    add(
+        "--data",
+        type=folder_name,
+        default="data",
+        metavar="DIR",
+        help="folder where data are found and kept (default: ./data)",
+    )
     add("--validation", type=positive_int, metavar="N", help="hold out N training images and test on them instead")
     add("--test-batch-size", type=positive_int, default=1000, metavar="N", help="images per test batch (default: 1000)")
     add = run.add_argument
@@ -103,7 +118,7 @@ def train(
                 for optimizer in optimizers:
                     optimizer.step()
                 run.count(loss_value, logits, y)
-            tested = evaluate(net, data.test(), precision)
+            tested = evaluate(net, run.test_batches(), precision)
             angles = measure_angles(net, data.probe, precision)
             run.end_epoch(tested, angles, learning_rates(args, run.epoch + 1, run.steps, run.steps))
 
@@ -138,6 +153,11 @@ def evaluate_or_train(
         print_once(run.report())
         if args.save_model:
             run.save_model()
+    except ImageFileError as error:
+        if world_size() == 1:  # of several, the others are elsewhere: the last checkpoint stays
+            run.save()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except RunEndedError as error:
         print_once(error, file=sys.stderr)
         return error.status
@@ -164,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(args.resume).parent if args.resume else Path(args.out or f"runs/{name}")
         if checkpoint is None:
             make_run_folder(folder, "ConvNet")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImageFileError) as error:
         parser.error(str(error))
 
     torch.manual_seed(args.seed)

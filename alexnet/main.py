@@ -26,6 +26,7 @@ from training.arguments import (
     add_common_arguments,
     advice,
     below_one,
+    folder_name,
     nonnegative_int,
     parse_run_arguments,
     positive_int,
@@ -37,6 +38,7 @@ from training.checkpoint import CONTENT, NAMES, TRAINED, load_checkpoint
 from training.classify import classify
 from training.data import load_images
 from training.distributed import barrier, gather, rank, world_size
+from training.image_files import ImageFileError
 from training.launch import check, device_of, launch, processes_per_node, restarts, under_torchrun
 from training.machine import reuse_memory
 from training.optim import make_optimizers, wrap
@@ -71,7 +73,14 @@ def make_parser() -> Parser:
     add("--momentum", type=below_one, default=0.9, help="of SGD, below 1 (default: 0.9)")
     add("--compile", action="store_true", help="compile the net with torch.compile")
     add = data.add_argument
-    add("data", nargs="?", default="data", metavar="DATA", help="where data are found and kept (default: ./data)")
+    add(
+        "data",
+        nargs="?",
+        type=folder_name,
+        default="data",
+        metavar="DATA",
+        help="where data are found and kept (default: ./data)",
+    )
     add("--dataset", choices=("cifar100", "imagenet", "synthetic"), help="default: cifar100, or synthetic without it")
     add("--image-size", type=positive_int, default=224, metavar="S", help="pixels a side, 63 or more (default: 224)")
     add("-j", "--workers", type=nonnegative_int, metavar="N", help="a node's workers for imagenet (default: 4)")
@@ -169,7 +178,7 @@ def work(args: Namespace, device: torch.device) -> int:
             raise ValueError("the processes see other data or checkpoints than each other: are the folders shared?")
         if rank() == 0 and checkpoint is None:
             make_run_folder(folder, "AlexNet")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImageFileError) as error:
         make_parser().error(str(error))
     barrier()
 
@@ -212,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = load_checkpoint(Path(args.resume), "AlexNet", TRAINED)
         model = AlexNet(len(checkpoint["classes"])).to(device_of(args.gpu or 0))
         return classify(model, checkpoint, args.classify, resized=resized_side(args.image_size), size=args.image_size)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImageFileError) as error:
         make_parser().error(str(error))
 
 

@@ -223,17 +223,17 @@ def test_a_search_has_as_many_runs_for_every_rule_and_its_script_takes_them_all(
 
 def test_a_reproduction_is_compared_with_what_is_committed_in_one_line(accuracy, sweep, tmp_path, capsys):
     flags = ("--modes", "BP", "DKP", "--seeds", 1, 2)
-    first = sweep(*flags, name="first")
+    first = sweep(*flags)
     assert "against the committed" not in capsys.readouterr().out
-    shutil.copytree(first, tmp_path / "committed" / "again")
-    sweep(*flags, name="again")
+    shutil.copytree(first, tmp_path / "committed" / "it")
+    sweep(*flags)
     line = capsys.readouterr().out.splitlines()[-1]
     last = {
         mode: [float(r["test_accuracy"]) for r in rows(first) if (r["mode"], r["epoch"]) == (mode, "2")]
         for mode in ("BP", "DKP")
     }
-    assert line == "against the committed again: BP +0.0 sd, DKP +0.0 sd; none beyond 2 sd"
-    other = tmp_path / "committed" / "again" / "metrics.csv"
+    assert line == "against the committed it: BP +0.0 sd, DKP +0.0 sd; none beyond 2 sd"
+    other = tmp_path / "committed" / "it" / "metrics.csv"
     spread = 50 - last["BP"][0], 60 - last["BP"][1]
     with open(other, "w", newline="") as file:
         writer = csv.DictWriter(file, rows(first)[0])
@@ -242,10 +242,10 @@ def test_a_reproduction_is_compared_with_what_is_committed_in_one_line(accuracy,
             if (row["mode"], row["epoch"]) == ("BP", "2"):
                 row["test_accuracy"] = 50 if row["seed"] == "1" else 60
             writer.writerow(row)
-    sweep(*flags, name="again")
+    sweep(*flags)
     line = capsys.readouterr().out.splitlines()[-1]
     deviations = -sum(spread) / 2 / 50**0.5
-    assert line == f"against the committed again: BP {deviations:+.1f} sd, DKP +0.0 sd; beyond 2 sd: BP"
+    assert line == f"against the committed it: BP {deviations:+.1f} sd, DKP +0.0 sd; beyond 2 sd: BP"
 
 
 def test_a_sweep_of_another_layout_is_refused(sweep, tmp_path, capsys):
@@ -258,6 +258,7 @@ def test_a_sweep_of_another_layout_is_refused(sweep, tmp_path, capsys):
         assert exit_.value.code == 2 and f"is of layout {version.get('version')}, expected" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_alexnet_is_searched_by_its_training_loss(accuracy, monkeypatch, tmp_path, capsys):
     np.savez(tmp_path / "cifar100.npz", **{k: v.numpy() for k, v in synthetic_images(100, 24, 8).items()})
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")

@@ -20,6 +20,7 @@ from models import AlexNet
 from training import batches
 from training.checkpoint import TRAINED, load_checkpoint
 from training.data import CIFAR
+from training.image_files import ImageFiles
 from training.run import DIVERGED
 from training.synthetic import synthetic_images
 
@@ -144,14 +145,19 @@ def test_a_resumed_epoch_goes_on_with_the_same_crops(data_set):
     assert not torch.equal(whole[0], other)
 
 
-def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
+def make_image_folder(folder):
+    """Classes cat and dog, 6 training and 3 test images each."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3)):
         for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = generator.integers(0, 256, (80, 90, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
+def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
+    make_image_folder(tmp_path)
     make = lambda: batches.image_folder(tmp_path, 64, 4, 1, 2, 0, torch.device("cpu"))  # noqa: E731
     source = make()
     assert (source.classes, source.images, source.probe[0].shape) == (["cat", "dog"], 12, (2, 3, 64, 64))
@@ -165,10 +171,41 @@ def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
     assert n == 4 and torch.equal(x, whole[0][0][2:]) and torch.equal(y, whole[0][1][2:])
     assert sum(len(y) for _, y, _ in make().test()) == 3
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
-    with pytest.raises(ValueError, match="not the same"):
+    with pytest.raises(ValueError, match="train/ alone has dog; val/ alone has cow"):
         make()
-    with pytest.raises(ValueError, match="cannot read an ImageNet folder"):
+    with pytest.raises(ValueError, match="cannot read a folder of images"):
         batches.image_folder(tmp_path / "nowhere", 64, 4, 1, 2, 0, torch.device("cpu"))
+
+
+def test_a_folder_as_people_have_it(tmp_path):
+    make_image_folder(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+        (tmp_path / split / "cat" / "._0.png").write_bytes(b"not an image")
+        os.rename(os.fsencode(tmp_path / split / "dog"), os.fsencode(tmp_path / split) + b"/do\xe9")
+    source = batches.image_folder(tmp_path, 64, 4, 1, 2, 0, torch.device("cpu"))
+    assert (source.classes, source.images) == (["cat", os.fsdecode(b"do\xe9")], 12)
+    assert len(list(source.train(1, 0))) == 3
+
+
+def test_sixteen_bits_of_grey_are_read_as_eight(tmp_path):
+    ramp = np.arange(238, dtype=np.uint16)[None].repeat(80, 0)
+    Image.fromarray(ramp * 257).save(tmp_path / "16.png")
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "8.png")
+    (first, _), (second, _) = ImageFiles([(str(tmp_path / f"{bits}.png"), 0) for bits in (16, 8)], 64)
+    assert torch.equal(first, second) and first.std() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--multiprocessing-distributed", "--nprocs-per-node", 2)], ids=["1", "2"])
+def test_a_damaged_image_ends_a_run_with_its_name(tmp_path, flags):
+    make_image_folder(tmp_path)
+    flags = (*flags, "--dataset", "imagenet", "-j", 2, "-b", 4, "--train-mode", "DFA", "--out", tmp_path / "run")
+    path = tmp_path / "val" / "dog" / "2.png"  # the last one that is read
+    path.write_bytes(path.read_bytes()[:9000])
+    _, error = finish(start(tmp_path, *flags, "--epochs", 1), status=1, timeout=120)
+    assert f"error: {path} cannot be read as an image: " in error and "Traceback" not in error
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "AlexNet")["epoch"] == 0
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ def test_fused_optimisers_equal_plain_ones(rule, memory_format):
         torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_variant_compiles_in_one_process(monkeypatch):
     """As on a GPU, where the benchmark compiles them all: none may be given another's graph."""
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import resource
 import signal
 from collections import deque
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import main
+from feedback import RULES
 from training import arguments, batches, data, plot
 from training.checkpoint import CONTENT, TRAINED, load_checkpoint, save_checkpoint
 from training.classify import read_image
@@ -101,6 +103,57 @@ def test_a_run_stopped_in_an_epoch_and_resumed_twice_equals_a_straight_one_bit_f
     assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "stopped"))
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
     assert len(metrics(tmp_path / "straight")) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_testing_is_obeyed_there_and_loses_nothing(run, tmp_path, monkeypatch, number):
+    def with_signals(*args, **options):
+        data = whole_images(*args, **options)
+        test = data.test
+
+        def signalled():
+            for batch in test():
+                for _ in range(3):  # SLURM and launchers send more than one
+                    signal.raise_signal(number)
+                yield batch
+
+        data.test = signalled
+        return data
+
+    flags = ("--epochs", 2, "--test-batch-size", 4)
+    assert run(*flags, out="straight") == 0
+    whole_images = main.whole_images
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "whole_images", with_signals)
+        assert run(*flags, out="stopped") == 128 + number
+    stopped = checkpoint(tmp_path / "stopped")
+    assert stopped["epoch"] == 0 and stopped["ranks"][0]["tally"]["seen"] == 40
+    assert run("--resume", tmp_path / "stopped") == 0
+    assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "stopped"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"a": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            save_checkpoint(path, {"a": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert torch.load(path) == {"a": 1} and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_statistics_that_are_not_finite_are_never_saved_as_good(run, tmp_path, monkeypatch, capsys):
+    def spoil(net, batches, precision):
+        net.model.conv1.norm.running_var[0] = math.inf
+        return {"loss": 1.0, "accuracy": 1.0}
+
+    monkeypatch.setattr(main, "evaluate", spoil)
+    assert run("--epochs", 1) == DIVERGED
+    assert "statistics" in capsys.readouterr().err and checkpoint(tmp_path / "run")["epoch"] == 0
 
 
 def test_a_run_resumed_in_another_memory_format_goes_on_the_same_but_for_rounding(run, tmp_path):
@@ -497,9 +550,10 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
 
 
 def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights():
-    found = Path(main.__file__).parent / "benchmarks" / "results" / "cifar10-search-3-epochs" / "recipe.json"
-    searched = json.loads(found.read_text())
-    assert len(searched) == 6
+    results = Path(main.__file__).parent / "benchmarks" / "results"
+    found = [results / name / "recipe.json" for name in ("cifar10-search-3-epochs", "cifar10-search-drtp-3-epochs")]
+    searched = {mode: flags for path in found for mode, flags in json.loads(path.read_text()).items()}
+    assert searched.keys() == RULES.keys()
     for mode in searched:
         best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
         winner, _, _ = main.parse_arguments(["--recipe", "original", "--train-mode", mode, *searched[mode]])
@@ -688,6 +742,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     for damaged in (content[: len(content) // 2], b"", b"# a text"):
         (folder / "checkpoint.pt").write_bytes(damaged)
         assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "is not a checkpoint, or not a whole one")
+    for name in ("model.conv1.conv.weight", "model.fc1.linear.weight", "feedback.fc1"):
+        place = content.index(state["net"][name].numpy().tobytes()) + 1001  # a bit of a tensor flips
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        (folder / "checkpoint.pt").write_bytes(flipped)
+        assert_refused(capsys, lambda: run(*resume, "--epochs", 2), "cannot read checkpoint", "CRC-32")
     (folder / "checkpoint.pt").rename(folder / "checkpoint.pth.tar")
     assert_refused(capsys, lambda: run(*resume), "is a run of alexnet/main.py, which trains AlexNet")
 

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,11 +86,11 @@ def number_up_to(text: str, most: float) -> float:
     return value
 
 
-def folder(text: str) -> str:
-    """Parse a folder's name; argparse reports the ArgumentTypeError that is raised for an empty one."""
+def folder_name(text: str) -> str:
+    """Parse a folder's name, ~ for home; argparse reports the ArgumentTypeError that is raised for an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("got an empty name, expected a folder")
-    return text
+    return os.path.expanduser(text)
 
 
 def seed(text: str) -> int:
@@ -148,8 +149,8 @@ def add_common_arguments(
 
     data, run = parser.add_argument_group("data"), parser.add_argument_group("run")
     add = run.add_argument
-    add("--out", type=folder, metavar="DIR", help="folder of a new run (default: runs/ and a name)")
-    add("--resume", type=folder, metavar="RUN", help="run to go on with; its arguments hold unless given anew")
+    add("--out", type=folder_name, metavar="DIR", help="folder of a new run (default: runs/ and a name)")
+    add("--resume", type=folder_name, metavar="RUN", help="run to go on with; its arguments hold unless given anew")
     add("-e", "--evaluate", action="store_true", help="evaluate the net of --resume on the test images, and end")
     add("--classify", nargs="+", metavar="IMAGE", help="say what the net of --resume sees in image files, and end")
     add("--save-model", action="store_true", help="at the end, write the bare net's state dict to model.pt")

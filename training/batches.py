@@ -9,7 +9,9 @@ Shapes: N images of a rank's batch, S pixels a side.
 import hashlib
 import itertools
 import math
+import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.augment import centre_crops, random_crops, resize_crops, resized_side
-from training.data import ImageSet, epoch_order, normalise
+from training.augment import centre_crops, random_crops, resize_crops
+from training.data import ImageSet, epoch_order, generator, normalise
 from training.distributed import rank, world_size
+from training.image_files import ImageFileError, ImageFiles
 from training.torchvision_import import import_torchvision
 
 Batches = Iterator[tuple[Tensor, Tensor, int]]  # images, labels, and the number of images of all ranks together
@@ -123,13 +126,6 @@ def share(batch: Tensor) -> slice:
     return slice(start, stop)
 
 
-def generator(seed: int, *numbers: int) -> torch.Generator:
-    """A random generator of its own for each (seed, *numbers)."""
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % 2**63
-    return torch.Generator().manual_seed(seed)
-
-
 def steps_of(images: int, batch_size: int, limit: int | None) -> int:
     """Steps of an epoch: one for each global batch, as `global_batches` cuts them, at most `limit`.
 
@@ -197,17 +193,22 @@ def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images:
     )
 
 
-class SeededImages(Dataset):
-    """An image folder whose random transform of image i is a function of (seed, epoch, i)."""
+def image_samples(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """The classes of `folder`, its subfolders but hidden ones, and each image file's path and class number.
 
-    def __init__(self, folder: Dataset, seed: int, epoch: int) -> None:
-        self.folder, self.seed, self.epoch = folder, seed, epoch
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The transformed image (3, S, S) and its label."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(generator(self.seed, self.epoch, index).get_state())
-            return self.folder[index]
+    Raises:
+        ValueError: the folder cannot be read, or a class has no image.
+    """
+    try:
+        classes = sorted(
+            entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+        )
+        numbers = {name: number for number, name in enumerate(classes)}
+        datasets = import_torchvision().datasets.folder
+        samples = datasets.make_dataset(str(folder), numbers, extensions=datasets.IMG_EXTENSIONS)
+    except OSError as error:
+        raise ValueError(f"cannot read a folder of images (CLASS/*) in {folder}: {error}") from error
+    return classes, [(path, label) for path, label in samples if not os.path.basename(path).startswith(".")]
 
 
 def image_folder(
@@ -230,22 +231,19 @@ def image_folder(
 
     Raises:
         ValueError: a folder or the images in it are missing or too few, or train and val have other classes.
+        ImageFileError: an image cannot be read; also while the batches are run through.
     """
     try:
-        torchvision = import_torchvision()
+        (classes, train), (tested, test) = (image_samples(folder / split) for split in ("train", "val"))
     except ImportError as error:
         raise ValueError(f"--dataset imagenet needs torchvision: {error}") from error
-    datasets, v2 = torchvision.datasets, torchvision.transforms.v2
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
-    random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
-    centre = v2.Compose([v2.Resize(resized_side(size)), v2.CenterCrop(size), *to_tensor])
-    try:
-        train = datasets.ImageFolder(folder / "train", random)
-        plain, test = datasets.ImageFolder(folder / "train", centre), datasets.ImageFolder(folder / "val", centre)
-    except OSError as error:
-        raise ValueError(f"cannot read an ImageNet folder (train/CLASS/*, val/CLASS/*) in {folder}: {error}") from error
-    if train.classes != test.classes:
-        raise ValueError(f"{folder}: train/ has {len(train.classes)} classes, val/ not the same ones")
+    if classes != tested:
+        differ = {
+            name: sorted(set(one) - set(other))
+            for name, one, other in (("train", classes, tested), ("val", tested, classes))
+        }
+        alone = "; ".join(f"{name}/ alone has {', '.join(names[:5])}" for name, names in differ.items() if names)
+        raise ValueError(f"{folder}: train/ and val/ have not the same classes: {alone}")
 
     def load(dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -256,34 +254,39 @@ def image_folder(
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),
         )
-        for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        except ImageFileError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the loader, and so its workers alive
+            reason = str(error).strip().splitlines()[-1]  # a worker's has that process's traceback in front
+            raise ImageFileError(reason.removeprefix("training.image_files.ImageFileError: ")) from None
 
     def train_batches(epoch: int, seen: int) -> Batches:
         batches = global_batches(len(train), batch_size, seed, epoch, seen)
         mine = [batch[share(batch)].tolist() for batch in batches]
-        for (x, y), batch in zip(load(SeededImages(train, seed, epoch), mine), batches, strict=True):
+        for (x, y), batch in zip(load(ImageFiles(train, size, seed, epoch), mine), batches, strict=True):
             yield x, y, len(batch)
 
     def test_batches() -> Batches:
         mine = range(rank(), len(test), world_size())
         per_rank = -(-batch_size // world_size())
         batches = [list(mine[i : i + per_rank]) for i in range(0, len(mine), per_rank)]
-        for x, y in load(test, batches[:limit]):
+        for x, y in load(ImageFiles(test, size), batches[:limit]):
             yield x, y, len(y)
 
     spread = torch.linspace(0, len(train) - 1, probe_images).long().tolist()
-    names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in train.samples)
+    names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in train)
     return Data(
         name="imagenet",
         where=str(folder),
-        classes=train.classes,
+        classes=classes,
         images=len(train),
         steps=steps_of(len(train), batch_size, limit),
         train=train_batches,
         test=test_batches,
-        probe=next(load(plain, [spread])),
-        fingerprint=hashlib.sha256(names.encode()).hexdigest(),
+        probe=next(load(ImageFiles(train, size), [spread])),
+        fingerprint=hashlib.sha256(os.fsencode(names)).hexdigest(),
     )
 
 

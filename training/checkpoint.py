@@ -21,11 +21,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         OSError: the file cannot be written; what was at `path` is still there.
     """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except RuntimeError as error:  # what torch makes of a write that fails, as on a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: Path, model: str) -> Path:
@@ -51,13 +56,17 @@ def load_checkpoint(path: Path, model: str, content: dict[str, type] = CONTENT) 
 
     Raises:
         ValueError: there is no such file, it is not a whole checkpoint, it is of another net, or it lacks one of
-            `content`.
+            `content`; or its bytes are not those that were written (a zip file has the CRC-32 of each part).
     """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint, or not a whole one")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged: its CRC-32 is another than when it was written")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file leads the unpickler to
         raise ValueError(f"cannot read checkpoint {path}: {str(error) or type(error).__name__}") from error

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from training.checkpoint import trained_state
 from training.data import normalise
+from training.image_files import read_rgb
 
 SHOWN = 3  # classes per image
 
@@ -25,19 +25,9 @@ def read_image(path: str, resized: int, size: int) -> Tensor:
         (3, size, size) float32.
 
     Raises:
-        ValueError: the file is no image, or not a whole one.
-        OSError: it cannot be read.
+        ImageFileError: the file cannot be read, or is no image, or not a whole one.
     """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
-                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-            pixels = np.array(upright.convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    pixels = np.array(read_rgb(path, upright=True))
     x = normalise(torch.from_numpy(pixels).permute(2, 0, 1))
     height, width = (round(side * resized / min(x.shape[1:])) for side in x.shape[1:])
     x = F.interpolate(x[None], (height, width), mode="bilinear", antialias=True)[0]
@@ -59,7 +49,8 @@ def classify(model: nn.Module, checkpoint: dict[str, Any], paths: Sequence[str],
         The exit status, 0.
 
     Raises:
-        ValueError, OSError: as `read_image`; or the checkpoint does not fit the net.
+        ImageFileError: as `read_image`.
+        ValueError: the checkpoint does not fit the net.
     """
     try:
         model.load_state_dict(trained_state(checkpoint))

@@ -354,6 +354,13 @@ def sha256_of(arrays: dict[str, np.ndarray]) -> str:
     return sha256.hexdigest()
 
 
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """A random generator of its own for each (seed, *numbers)."""
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """The order (n,) in which epoch `epoch` visits n images: a function of its arguments alone, so resume finds it."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

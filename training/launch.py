@@ -17,6 +17,7 @@ from torch import multiprocessing
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from training.arguments import Parser, flag
+from training.run import STOP_SIGNALS
 
 Worker = Callable[[Namespace, torch.device], int]
 
@@ -101,11 +102,11 @@ def launch(args: Namespace, worker: Worker) -> int:
     processes = multiprocessing.start_processes(spawned, job, nprocs=count, join=False, start_method="spawn")
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM:  # Ctrl-C reaches the processes by itself
+        if number != signal.SIGINT:  # Ctrl-C reaches the processes by itself
             for process in processes.processes:
                 process.terminate()
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         while not processes.join():
             pass

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,13 +27,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from feedback import DirectFeedback
-from training.batches import Data
+from training.batches import Batches, Data
 from training.checkpoint import NAMES, mean_buffers, rng_state, save_checkpoint, set_rng_state
 from training.distributed import barrier, gather, rank, sum_over_ranks, world_size
 from training.machine import git_revision, hardware, version
 
 DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
 DIVERGED = 3  # exit status of a run whose loss diverged or is not finite
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RECENT_STEPS, TIMES_GUESSING = 20, 10  # see `Run.check_convergence`
 
 
@@ -64,8 +65,8 @@ class StoppedError(RunEndedError):
 class Run:
     """Counts, checks, logs and saves what the training loop does; a context manager around the loop.
 
-    Within it the first SIGINT or SIGTERM is only noted: the step under way is finished, the state saved, and
-    StoppedError raised on every rank. A second signal acts as ever.
+    Within it the first SIGINT, SIGTERM or SIGHUP is only noted: the step under way is finished, the state saved, and
+    StoppedError raised on every rank. A second SIGINT acts as ever; more of the others are the same request.
 
     Args:
         folder: holds checkpoints, metrics.csv and TensorBoard events.
@@ -124,8 +125,9 @@ class Run:
     # --- around the loop
 
     def __enter__(self) -> "Run":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._note_signal)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:  # which nohup ignores
+                self._handlers[number] = signal.signal(number, self._note_signal)
         try:
             self.save()
             if rank() == 0:
@@ -150,7 +152,8 @@ class Run:
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        self._restore_handlers()
+        if number == signal.SIGINT:
+            signal.signal(number, self._handlers[number])
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -215,10 +218,24 @@ class Run:
                 self._writer.add_scalar("step/train_loss", self.recent[-1], self.epoch * self.steps + tally["step"])
         self.check_convergence()
         if self._stopping:
-            self.check_soundness()
-            self.save()
-            where = f"epoch {self.epoch + 1}, step {self.step}"
-            raise StoppedError(f"stopped at {where}; go on with: {self.command}", self._signal or signal.SIGTERM)
+            self._stop()
+
+    def test_batches(self) -> Batches:
+        """This rank's share of the test images.
+
+        Raises:
+            StoppedError: a signal came meanwhile, to a single process; several go on to the next step.
+        """
+        for batch in self.data.test():
+            if self._signal and world_size() == 1:
+                self._stop()
+            yield batch
+
+    def _stop(self) -> NoReturn:
+        self.check_soundness()
+        self.save()
+        where = f"epoch {self.epoch + 1}, step {self.step}"
+        raise StoppedError(f"stopped at {where}; go on with: {self.command}", self._signal or signal.SIGTERM)
 
     def end_epoch(
         self,
@@ -300,10 +317,14 @@ class Run:
             raise self._diverged(f"diverged at {where}: {last}, and guessing has {guessing:.2f}")
 
     def check_soundness(self) -> None:
-        """Raise DivergedError unless weights, B and the last loss on the test images are finite."""
-        finite = all(bool(parameter.isfinite().all()) for parameter in self.net.parameters())
+        """Raise DivergedError unless all that is saved of net and optimisers, and the last test loss, is finite."""
+        states = (state for optimizer in self.optimizers for state in optimizer.state.values())
+        kept = [*self.net.parameters(), *self.net.buffers(), *(value for state in states for value in state.values())]
+        finite = all(bool(value.isfinite().all()) for value in kept if isinstance(value, Tensor))
         if not finite or (self.rows and not math.isfinite(self.rows[-1][f"{self.split}_loss"] or 0)):
-            raise self._diverged(f"weights or {self.split} loss are not finite after epoch {self.epoch + 1}: stopped")
+            raise self._diverged(
+                f"weights, statistics or {self.split} loss are not finite after epoch {self.epoch + 1}: stopped"
+            )
 
     def _diverged(self, what: str) -> DivergedError:
         if rank() == 0:
