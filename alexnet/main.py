@@ -26,6 +26,7 @@ from training.arguments import (
     add_common_arguments,
     advice,
     below_one,
+    flag,
     folder_name,
     nonnegative_int,
     parse_run_arguments,
@@ -50,6 +51,7 @@ FIXED_BY_THE_CHECKPOINT = ("recipe", "arch", "train_mode", "dataset", "b_update"
 # no part of the experiment: not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "limit_batches"}
 OF_THE_PROCESSES = {"world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "gpu", "nprocs_per_node"}
+OF_THE_FOLDERS = {"data", "out", "resume", "workers"}  # where a node has them
 NOT_KEPT = OF_THE_RUN | OF_THE_PROCESSES | {"multiprocessing_distributed"}
 
 
@@ -164,9 +166,21 @@ def load_data(args: Namespace, device: torch.device) -> Data:
     return crops(images.to(device), *options, args.limit_batches)
 
 
+def refuse_different_arguments(args: Namespace) -> None:
+    """End every process with one line where they were started with other arguments, or sizes of the global batch."""
+    shared = {key: value for key, value in vars(args).items() if key not in OF_THE_PROCESSES | OF_THE_FOLDERS}
+    shared["batch_size"] = f"{args.batch_size} of a node, {global_batch_size(args)} of all"
+    everyone = gather(shared)
+    for key in shared:
+        values = list(dict.fromkeys(str(other[key]) for other in everyone))
+        if len(values) > 1:
+            make_parser().error(f"{flag(key)}: the processes have {' and '.join(values)}, expected the same for all")
+
+
 def work(args: Namespace, device: torch.device) -> int:
     """What every process does: data, net, optimisers, and the loop. Return its exit status."""
     reuse_memory()
+    refuse_different_arguments(args)
     folder = Path(gather(str(run_folder(args)))[0])  # rank 0's, since the default name contains the time
     checkpoint = None
     try:

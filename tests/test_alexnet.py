@@ -19,7 +19,7 @@ from PIL import Image
 from models import AlexNet
 from training import batches
 from training.checkpoint import TRAINED, load_checkpoint
-from training.data import CIFAR
+from training.data import CIFAR, epoch_order
 from training.image_files import ImageFiles
 from training.run import DIVERGED
 from training.synthetic import synthetic_images
@@ -197,6 +197,23 @@ def test_sixteen_bits_of_grey_are_read_as_eight(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [(("--lr", 0.02), "--lr: the processes have 0.01 and 0.02"), (("-b", 6), "--batch-size: the processes have 8 of")],
+    ids=["lr", "b"],
+)
+def test_processes_that_were_told_different_things_end_at_once(folder, other, message):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    common = ("--world-size", 2, "--dist-url", url, "--epochs", 1, "--out", folder / "run")
+    jobs = [start(folder, *common, "--rank", rank, *(other if rank else ())) for rank in (0, 1)]
+    for job in jobs:
+        assert message in finish(job, status=2, timeout=60)[1]
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--multiprocessing-distributed", "--nprocs-per-node", 2)], ids=["1", "2"])
 def test_a_damaged_image_ends_a_run_with_its_name(tmp_path, flags):
     make_image_folder(tmp_path)
@@ -215,15 +232,44 @@ def data_set():
     return checked_set("cifar100", "made for the test", 100, synthetic_images(100, 40, 20))
 
 
-# --- jobs of several processes
-
-
 @pytest.fixture
 def folder(tmp_path):
     """tmp_path, with a tiny cifar100.npz in it."""
     arrays = {key: value.numpy() for key, value in synthetic_images(100, 48, 20).items()}
     np.savez(tmp_path / "cifar100.npz", **arrays)
     return tmp_path
+
+
+@pytest.mark.parametrize("batch_size", [16, 40, 3])
+def test_a_run_resumed_with_another_batch_size_sees_each_image_once(alexnet, folder, monkeypatch, batch_size):
+    make, labels = alexnet.crops, []
+
+    def noted(*args):
+        data = make(*args)
+        train = data.train
+
+        def batches_of(epoch, seen):
+            for batch in train(epoch, seen):
+                labels.append(batch[1])
+                if len(labels) == 3:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        data.train = batches_of
+        return data
+
+    monkeypatch.setattr(alexnet, "crops", noted)
+    flags = [str(folder), "--image-size", "64", "--train-mode", "BP", "--epochs", "1"]
+    out = folder / "run"
+    assert alexnet.main([*flags, "-b", "4", "--out", str(out)]) == 128 + signal.SIGTERM
+    assert alexnet.main([*flags, "-b", str(batch_size), "--resume", str(out)]) == 0
+    order = epoch_order(48, 1, 1)
+    assert torch.equal(torch.cat(labels), torch.arange(48)[order] % 100)
+    kept = load_checkpoint(out / "checkpoint.pth.tar", "AlexNet")
+    assert kept["steps"] == len(labels) == 3 + -(-36 // batch_size)
+
+
+# --- jobs of several processes
 
 
 def command(folder, *flags, torchrun=()):

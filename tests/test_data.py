@@ -240,7 +240,7 @@ def test_batches_visit_the_order_normalised():
     whole = batches.whole_images(images, 2, 3, seed=4, probe_images=2)
     order = data.epoch_order(7, 4, 1)
     got = list(whole.train(1, 0))
-    assert [n for _, _, n in got] == [2, 2, 2, 1] and whole.steps == 4
+    assert [n for _, _, n in got] == [2, 2, 2, 1] and whole.steps_after(0) == 4
     assert torch.equal(torch.cat([labels for _, labels, _ in got]), order)
     torch.testing.assert_close(torch.cat([pixels for pixels, _, _ in got]), (x[order] / 255 - 0.5) / 0.5)
     assert torch.equal(torch.cat([labels for _, labels, _ in whole.train(1, 4)]), order[4:])
@@ -248,9 +248,9 @@ def test_batches_visit_the_order_normalised():
     assert [len(labels) for _, labels, _ in tested] == [3, 2]
     assert torch.equal(torch.cat([labels for _, labels, _ in tested]), y[:5])
     torch.testing.assert_close(whole.probe[0], (x[:2] / 255 - 0.5) / 0.5)
-    assert batches.whole_images(images, 2, 3, seed=4, probe_images=2, least=2).steps == 3
+    assert batches.whole_images(images, 2, 3, seed=4, probe_images=2, least=2).steps_after(0) == 3
     short = batches.whole_images(images, 2, 3, seed=4, probe_images=2, limit=1)
-    assert short.steps == 1 and len(list(short.test())) == 1
+    assert short.steps_after(0) == 1 and len(list(short.test())) == 1
     with pytest.raises(ValueError, match=r"too few training images \(7\), expected 8 or more"):
         batches.whole_images(images, 9, 3, seed=4, probe_images=2, least=8)
 

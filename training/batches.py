@@ -6,6 +6,7 @@ place alone, so neither a resume nor the number of ranks changes it.
 Shapes: N images of a rank's batch, S pixels a side.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -39,7 +40,7 @@ class Data:
         where: where it was found.
         classes: the names of its classes.
         images: how many an epoch trains on, all ranks together.
-        steps: how many an epoch has.
+        steps_after: steps_after(seen) is how many steps an epoch has after `seen` images over all ranks.
         train: train(epoch, seen) yields this rank's batches of the epoch, after `seen` images over all ranks.
         test: test() yields this rank's share of the test images.
         probe: images and labels of the training set, to measure angles on.
@@ -50,7 +51,7 @@ class Data:
     where: str
     classes: list[str]
     images: int
-    steps: int
+    steps_after: Callable[[int], int]
     train: Callable[[int, int], Batches]
     test: Callable[[], Batches]
     probe: tuple[Tensor, Tensor]
@@ -81,8 +82,8 @@ def whole_images(
         ValueError: no batch would be left.
     """
     count = len(images.x_train)
-    steps = math.ceil(count / batch_size) - (0 < count % batch_size < least)
-    if steps == 0:
+    steps_after = functools.partial(steps_left, count, batch_size, least, limit)
+    if steps_after(0) == 0:
         raise ValueError(f"{images.source} has too few training images ({count}), expected {least} or more")
 
     def batches(x: Tensor, y: Tensor, pieces: Iterator[Tensor | slice]) -> Batches:
@@ -104,7 +105,7 @@ def whole_images(
         where=images.source,
         classes=images.classes,
         images=count,
-        steps=min(steps, limit or steps),
+        steps_after=steps_after,
         train=train,
         test=test,
         probe=probe,
@@ -126,16 +127,22 @@ def share(batch: Tensor) -> slice:
     return slice(start, stop)
 
 
-def steps_of(images: int, batch_size: int, limit: int | None) -> int:
-    """Steps of an epoch: one for each global batch, as `global_batches` cuts them, at most `limit`.
+def steps_left(images: int, batch_size: int, least: int, limit: int | None, seen: int) -> int:
+    """Steps of an epoch after `seen` of its images: at most `limit` in all, and no last one of under `least` images."""
+    left = min(images, (limit or images) * batch_size) - seen
+    return max(0, math.ceil(left / batch_size) - (0 < left % batch_size < least))
+
+
+def shared_steps(images: int, batch_size: int, limit: int | None) -> Callable[[int], int]:
+    """`Data.steps_after` where every rank takes its share of the batches that `global_batches` cuts.
 
     Raises:
-        ValueError: there is none.
+        ValueError: an epoch would have no step.
     """
-    steps = math.ceil(images / batch_size) - (0 < images % batch_size < 2 * world_size())
-    if steps == 0:
+    steps_after = functools.partial(steps_left, images, batch_size, 2 * world_size(), limit)
+    if steps_after(0) == 0:
         raise ValueError(f"too few training images ({images}), expected 2 or more for each of {world_size()} processes")
-    return min(steps, limit or steps)
+    return steps_after
 
 
 def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images: int, limit: int | None = None) -> Data:
@@ -185,7 +192,7 @@ def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images:
         where=images.source,
         classes=images.classes,
         images=count,
-        steps=steps_of(count, batch_size, limit),
+        steps_after=shared_steps(count, batch_size, limit),
         train=train,
         test=test,
         probe=(centre_crops(normalise(images.x_train[spread]), size), images.y_train[spread]),
@@ -282,7 +289,7 @@ def image_folder(
         where=str(folder),
         classes=classes,
         images=len(train),
-        steps=steps_of(len(train), batch_size, limit),
+        steps_after=shared_steps(len(train), batch_size, limit),
         train=train_batches,
         test=test_batches,
         probe=next(load(ImageFiles(train, size), [spread])),

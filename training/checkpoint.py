@@ -11,7 +11,13 @@ from torch import Tensor
 NAMES = {"ConvNet": "checkpoint.pt", "AlexNet": "checkpoint.pth.tar"}  # of the checkpoint in a run's folder, by net
 SCRIPTS = {"ConvNet": "main.py", "AlexNet": "alexnet/main.py"}
 TRAINED = {"model": str, "args": dict, "classes": list, "epoch": int, "net": dict}  # what a trained net is
-CONTENT = TRAINED | {"rows": list, "ranks": list, "optimizers": list, "recent": list}  # and what its run goes on from
+CONTENT = TRAINED | {
+    "rows": list,
+    "ranks": list,
+    "optimizers": list,
+    "recent": list,
+    "steps": int,
+}  # and what its run needs
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -54,6 +54,8 @@ def check(args: Namespace, parser: Parser) -> None:
     if args.dist_backend == "nccl" and gpus == 0:
         parser.error("--dist-backend nccl needs a GPU, and there is none: take --dist-backend gloo, or leave it out")
     if under_torchrun():
+        if int(os.environ["WORLD_SIZE"]) > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+            parser.error("LOCAL_WORLD_SIZE is not set, and WORLD_SIZE is: how many processes does this node have?")
         if args.multiprocessing_distributed:
             parser.error("torchrun has started the processes: leave --multiprocessing-distributed out")
         refused = [name for name in given if name != "--dist-backend"]
@@ -73,6 +75,8 @@ def check(args: Namespace, parser: Parser) -> None:
         refused = [name for name in given if name != "--gpu"]
         if args.world_size <= 1 and refused:
             parser.error(f"{', '.join(refused)}: needs --multiprocessing-distributed, or --world-size above 1")
+    if args.rank > 0 and args.world_size <= 1:
+        parser.error(f"--rank: got {args.rank}, expected --world-size with it, the number of nodes")
     if args.world_size > 1:
         if args.dist_url is None:
             parser.error("--world-size above 1 needs --dist-url tcp://HOST:PORT, an address of the machine of rank 0")

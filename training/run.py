@@ -81,7 +81,8 @@ class Run:
         epoch: count from here.
 
     Attributes:
-        epoch: how many epochs are done. step: how many steps of the next one. rows: of metrics.csv.
+        epoch: how many epochs are done. step: how many steps of the next one. done: how many steps in all, of whatever
+            batch size. rows: of metrics.csv.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class Run:
     ) -> None:
         self.folder, self.net, self.optimizers, self.data = folder, net, optimizers, data
         self.settings = {key: value for key, value in vars(args).items() if key not in not_kept}
-        self.epochs, self.steps, self.epoch = args.epochs, data.steps, epoch
+        self.epochs, self.steps, self.epoch = args.epochs, data.steps_after(0), epoch
+        self.done = epoch * self.steps
         self.model, self.command, self.advice, self.best_name, self.split = model, command, advice, best_name, split
         self.log_interval = log_interval
         self.device = next(net.parameters()).device
@@ -133,8 +135,7 @@ class Run:
             if rank() == 0:
                 (self.folder / DIVERGED_MARK).unlink(missing_ok=True)
                 with self._writing():
-                    purge_step = self.epoch * self.steps + self.step + 1
-                    self._writer = SummaryWriter(self.folder, purge_step=purge_step)
+                    self._writer = SummaryWriter(self.folder, purge_step=self.done + 1)
                     if self.rows:
                         write_metrics(self.folder / "metrics.csv", self.rows)
         except BaseException:
@@ -176,8 +177,9 @@ class Run:
             leave=False,
             disable=None if rank() == 0 else True,
         )
-        left = self.steps - self.step
-        for x, y, together in itertools.islice(self.data.train(self.epoch + 1, self.tally["seen"]), left):
+        seen = self.tally["seen"]
+        left = self.data.steps_after(seen)
+        for x, y, together in itertools.islice(self.data.train(self.epoch + 1, seen), left):
             self._together = together
             yield x, y, len(y) * world_size() / together
 
@@ -205,6 +207,7 @@ class Run:
         """
         tally = self.tally
         tally["step"] += 1
+        self.done += 1
         tally["seen"] += self._together
         tally["images"] += len(y)
         tally["loss"] += loss * len(y)
@@ -215,7 +218,7 @@ class Run:
             train_loss, accuracy = self.train_metrics()
             self._bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
             if self._writer is not None:
-                self._writer.add_scalar("step/train_loss", self.recent[-1], self.epoch * self.steps + tally["step"])
+                self._writer.add_scalar("step/train_loss", self.recent[-1], self.done)
         self.check_convergence()
         if self._stopping:
             self._stop()
@@ -276,7 +279,7 @@ class Run:
                 write_metrics(self.folder / "metrics.csv", self.rows)
                 for key, value in row.items():
                     if value is not None:
-                        self._writer.add_scalar(f"epoch/{key}", value, self.epoch * self.steps)
+                        self._writer.add_scalar(f"epoch/{key}", value, self.done)
         self.save()
 
     def save_model(self) -> None:
@@ -345,7 +348,7 @@ class Run:
             trained = {"model": self.model, "args": self.settings, "classes": self.data.classes, "epoch": self.epoch}
             trained |= {"net": self.net.state_dict()}
             state = trained | {"data": self.data.fingerprint, "rows": self.rows, "ranks": ranks}
-            state |= {"recent": list(self.recent)}
+            state |= {"recent": list(self.recent), "steps": self.done}
             state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
             accuracies = [row[f"{self.split}_accuracy"] or 0 for row in self.rows]
             with self._writing():
@@ -371,7 +374,7 @@ class Run:
             self._restore_ranks(checkpoint["ranks"])
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the checkpoint does not fit: {error}") from error
-        self.epoch, self.rows = checkpoint["epoch"], checkpoint["rows"]
+        self.epoch, self.rows, self.done = checkpoint["epoch"], checkpoint["rows"], checkpoint["steps"]
         self.recent.extend(checkpoint["recent"])
         if self.epochs < self.epoch + (self.step > 0):
             raise ValueError(f"--epochs: got {self.epochs}, but the run is past epoch {self.epoch} already")
