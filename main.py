@@ -17,22 +17,14 @@ from torch import nn
 
 from feedback import DirectFeedback
 from models import ConvNet
-from training.arguments import (
-    Parser,
-    add_common_arguments,
-    advice,
-    folder_name,
-    parse_run_arguments,
-    positive_int,
-    run_script,
-)
+from training.arguments import Parser, add_common_arguments, advice, parse_run_arguments, positive_int, run_script
 from training.batches import Data, whole_images
 from training.checkpoint import trained_state
 from training.classify import classify
 from training.data import load_images
 from training.distributed import print_once, rank, world_size
 from training.evaluate import evaluate, in_a_line, measure_angles
-from training.image_files import ImageFileError
+from training.launch import refuse_torchrun
 from training.machine import reuse_memory
 from training.optim import SCHEDULES, autocast, learning_rates, make_optimizers, set_learning_rates, wrap
 from training.run import Run, RunEndedError, make_run_folder, plural, write_config
@@ -48,9 +40,8 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="main.py", description=__doc__)
     parser.set_defaults(momentum=0.9)
-    training, data, run = add_common_arguments(
-        parser, epochs=100, lr=5e-4, wd=1e-6, b_lr=1e-4, b_wd=1e-6, gamma=0.8, b_scale=1.0
-    )
+    groups = add_common_arguments(parser, epochs=100, lr=5e-4, wd=1e-6, b_lr=1e-4, b_wd=1e-6, gamma=0.8, b_scale=1.0)
+    training, data, run = groups
     add = training.add_argument
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (original: 64)")
     add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (original: constant)")
@@ -58,13 +49,7 @@ def make_parser() -> Parser:
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
     add = data.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
-    add(
-        "--data",
-        type=folder_name,
-        default="data",
-        metavar="DIR",
-        help="folder where data are found and kept (default: ./data)",
-    )
+    add("--data", default="data", metavar="DIR", help="folder where data are found and kept (default: ./data)")
     add("--validation", type=positive_int, metavar="N", help="hold out N training images and test on them instead")
     add("--test-batch-size", type=positive_int, default=1000, metavar="N", help="images per test batch (default: 1000)")
     add = run.add_argument
@@ -78,8 +63,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = parse_run_arguments(parser, argv, "ConvNet", FIXED_BY_THE_CHECKPOINT)
-    if args.dry_run:
-        args.epochs = 1
+    refuse_torchrun(parser)
+    args.epochs = 1 if args.dry_run else args.epochs
     if args.fc_norm and args.batch_size == 1:
         parser.error("--batch-size: got 1, expected 2 or more for --fc-norm: a batch norm compares images")
     if checkpoint is not None and args.schedule != "constant" and checkpoint["args"]["epochs"] != args.epochs:
@@ -137,8 +122,7 @@ def evaluate_or_train(
     try:
         if args.evaluate and checkpoint is not None:
             net.model.load_state_dict(trained_state(checkpoint))
-            tested = evaluate(net, data.test(), autocast(args, run.device))
-            print_once(in_a_line(tested, run.split))
+            print_once(in_a_line(evaluate(net, data.test(), autocast(args, run.device)), run.split))
             return 0
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -153,11 +137,6 @@ def evaluate_or_train(
         print_once(run.report())
         if args.save_model:
             run.save_model()
-    except ImageFileError as error:
-        if world_size() == 1:  # of several, the others are elsewhere: the last checkpoint stays
-            run.save()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
     except RunEndedError as error:
         print_once(error, file=sys.stderr)
         return error.status
@@ -184,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(args.resume).parent if args.resume else Path(args.out or f"runs/{name}")
         if checkpoint is None:
             make_run_folder(folder, "ConvNet")
-    except (ValueError, OSError, ImageFileError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
     torch.manual_seed(args.seed)

@@ -27,7 +27,6 @@ from training.arguments import (
     advice,
     below_one,
     flag,
-    folder_name,
     nonnegative_int,
     parse_run_arguments,
     positive_int,
@@ -39,7 +38,6 @@ from training.checkpoint import CONTENT, NAMES, TRAINED, load_checkpoint
 from training.classify import classify
 from training.data import load_images
 from training.distributed import barrier, gather, rank, world_size
-from training.image_files import ImageFileError
 from training.launch import check, device_of, launch, processes_per_node, restarts, under_torchrun
 from training.machine import reuse_memory
 from training.optim import make_optimizers, wrap
@@ -75,14 +73,7 @@ def make_parser() -> Parser:
     add("--momentum", type=below_one, default=0.9, help="of SGD, below 1 (default: 0.9)")
     add("--compile", action="store_true", help="compile the net with torch.compile")
     add = data.add_argument
-    add(
-        "data",
-        nargs="?",
-        type=folder_name,
-        default="data",
-        metavar="DATA",
-        help="where data are found and kept (default: ./data)",
-    )
+    add("data", nargs="?", default="data", metavar="DATA", help="where data are found and kept (default: ./data)")
     add("--dataset", choices=("cifar100", "imagenet", "synthetic"), help="default: cifar100, or synthetic without it")
     add("--image-size", type=positive_int, default=224, metavar="S", help="pixels a side, 63 or more (default: 224)")
     add("-j", "--workers", type=nonnegative_int, metavar="N", help="a node's workers for imagenet (default: 4)")
@@ -157,7 +148,7 @@ def load_data(args: Namespace, device: torch.device) -> Data:
     options = (args.image_size, global_batch_size(args), args.seed, PROBE_IMAGES)
     if args.dataset == "imagenet":
         workers = math.ceil((4 if args.workers is None else args.workers) / processes_per_node(args))
-        return image_folder(Path(args.data), *options, workers, device, args.limit_batches)
+        return image_folder(Path(args.data).expanduser(), *options, workers, device, args.limit_batches)
     first = int(os.environ.get("LOCAL_RANK", rank() % processes_per_node(args))) == 0
     images = load_images(args.dataset, args.data, "cifar100", 100) if first else None
     names = gather(images.name if images is not None else None)
@@ -192,7 +183,7 @@ def work(args: Namespace, device: torch.device) -> int:
             raise ValueError("the processes see other data or checkpoints than each other: are the folders shared?")
         if rank() == 0 and checkpoint is None:
             make_run_folder(folder, "AlexNet")
-    except (ValueError, OSError, ImageFileError) as error:
+    except (ValueError, OSError) as error:
         make_parser().error(str(error))
     barrier()
 
@@ -235,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = load_checkpoint(Path(args.resume), "AlexNet", TRAINED)
         model = AlexNet(len(checkpoint["classes"])).to(device_of(args.gpu or 0))
         return classify(model, checkpoint, args.classify, resized=resized_side(args.image_size), size=args.image_size)
-    except (ValueError, OSError, ImageFileError) as error:
+    except (ValueError, OSError) as error:
         make_parser().error(str(error))
 
 

@@ -57,6 +57,7 @@ def test_the_originals_command_line_parses(alexnet):
         ("-b 3 --multiprocessing-distributed --nprocs-per-node 2", "expected 2 or more for each of 2 processes"),
         ("--rank 3", "--rank: needs --multiprocessing-distributed"),
         ("--dist-url env://", "--dist-url: needs --multiprocessing-distributed"),
+        ("--multiprocessing-distributed --rank 1", "--rank: got 1, expected --world-size with it"),
         ("--nprocs-per-node 2", "needs --multiprocessing-distributed"),
         ("--world-size 2 --rank 0", "needs --dist-url"),
         ("--world-size 2 --dist-url tcp://127.0.0.1:1 --rank 2", "got 2, expected 0 to 1"),

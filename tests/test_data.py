@@ -285,3 +285,8 @@ def test_the_cifar_sets_have_names_for_their_classes(data_folder):
     cifar100 = data.CIFAR["cifar100"].classes
     assert len(set(cifar100)) == 100 and cifar100 == sorted(cifar100) and cifar100[53] == "orange"
     assert data.synthetic_set(10).classes == [str(i) for i in range(10)]
+
+
+def test_a_tilde_is_home(data_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(data_folder.parent))
+    assert data.load_images("cifar10", "~/data").source.startswith(str(data_folder))

@@ -678,6 +678,12 @@ def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag
     )
 
 
+def test_copies_of_main_started_by_torchrun_are_refused(run, capsys, monkeypatch):
+    for key, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", ""), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(key, str(value))
+    assert_refused(capsys, lambda: run(), "main.py trains in one process")
+
+
 def test_a_start_of_b_is_refused_for_bp_and_for_a_run_that_has_begun(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run("--train-mode", "BP", "--b-scale", 1), "--b-scale", "BP: there is no B")
     assert run("--train-mode", "DFA", "--epochs", 1) == 0

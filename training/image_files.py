@@ -17,7 +17,7 @@ from training.data import generator
 from training.torchvision_import import import_torchvision
 
 
-class ImageFileError(Exception):
+class ImageFileError(ValueError):
     """A file is no image, or not a whole one, or cannot be read; the message names it."""
 
 

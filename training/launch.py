@@ -27,6 +27,12 @@ def under_torchrun() -> bool:
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def refuse_torchrun(parser: Parser) -> None:
+    """End a script that trains in one process where torchrun has started several."""
+    if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
+        parser.error(f"{parser.prog} trains in one process: start alexnet/main.py with torchrun, or this without")
+
+
 def restarts() -> int:
     """How often torchrun has started this job anew after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -30,6 +30,7 @@ from feedback import DirectFeedback
 from training.batches import Batches, Data
 from training.checkpoint import NAMES, mean_buffers, rng_state, save_checkpoint, set_rng_state
 from training.distributed import barrier, gather, rank, sum_over_ranks, world_size
+from training.image_files import ImageFileError
 from training.machine import git_revision, hardware, version
 
 DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
@@ -46,6 +47,10 @@ class RunEndedError(Exception):
 
 class WriteError(RunEndedError):
     """The run's folder cannot be written to."""
+
+
+class ReadError(RunEndedError):
+    """A training or test image cannot be read."""
 
 
 class DivergedError(RunEndedError):
@@ -166,6 +171,9 @@ class Run:
         """The rest of the epoch: this rank's images (N, ...), labels (N,), and the factor on its loss.
 
         Gradients are averaged over the ranks; with the factor on each loss that is the mean over all images.
+
+        Raises:
+            ReadError: an image cannot be read; on this rank alone.
         """
         self._started = time.perf_counter() - self.tally["seconds"]
         self._bar.close()
@@ -179,9 +187,10 @@ class Run:
         )
         seen = self.tally["seen"]
         left = self.data.steps_after(seen)
-        for x, y, together in itertools.islice(self.data.train(self.epoch + 1, seen), left):
-            self._together = together
-            yield x, y, len(y) * world_size() / together
+        with self._reading():
+            for x, y, together in itertools.islice(self.data.train(self.epoch + 1, seen), left):
+                self._together = together
+                yield x, y, len(y) * world_size() / together
 
     def check(self, loss: Tensor, images: int) -> float:
         """Return this rank's loss of a step, over so many images, as a number.
@@ -228,11 +237,25 @@ class Run:
 
         Raises:
             StoppedError: a signal came meanwhile, to a single process; several go on to the next step.
+            ReadError: an image cannot be read.
         """
-        for batch in self.data.test():
-            if self._signal and world_size() == 1:
-                self._stop()
-            yield batch
+        with self._reading():
+            for batch in self.data.test():
+                if self._signal and world_size() == 1:
+                    self._stop()
+                yield batch
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except ImageFileError as error:
+            if world_size() == 1:  # other ranks are elsewhere: what was saved before stays
+                self.save()
+            message = f"error: {error}; without it go on with: {self.command}"
+            if rank() > 0:  # the script prints rank 0's
+                print(message, file=sys.stderr, flush=True)
+            raise ReadError(message) from None
 
     def _stop(self) -> NoReturn:
         self.check_soundness()
