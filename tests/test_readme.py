@@ -1,10 +1,13 @@
 """The pages say what the code does: the snippet runs, commands parse, flags are all of them, links lead somewhere."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import main
+from feedback import RULES
+from training.arguments import RECIPES
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("README.md", "alexnet/README.md", "benchmarks/README.md")
@@ -28,6 +31,16 @@ def test_every_command_parses(alexnet, tmp_path, monkeypatch):
         if "--resume" in flags:
             continue
         (main if script == "main.py" else alexnet).parse_arguments(flags)
+
+
+def test_the_table_has_the_recipes_learning_rates():
+    rows = [[cell.strip() for cell in line.split("|")] for line in README.splitlines() if line.startswith("| ")]
+    shown = {row[1].partition(",")[0]: row[6] for row in rows if row[1].partition(",")[0] in RULES}
+    recipes = json.loads(RECIPES.read_text())
+    assert shown.keys() == RULES.keys()
+    for rule, rates in shown.items():
+        flags = [recipes[net]["best"][rule] for net in ("ConvNet", "AlexNet")]
+        assert rates == "; ".join(words[words.index("--lr") + 1] for words in flags)
 
 
 def test_every_flag_is_explained(alexnet):
