@@ -132,6 +132,20 @@ def test_a_signal_while_testing_is_obeyed_there_and_loses_nothing(run, tmp_path,
     assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "stopped"))
 
 
+def test_a_hangup_that_nohup_ignores_stops_nothing(run, change_training_batches):
+    def with_a_signal(batches):
+        for batch in batches:
+            signal.raise_signal(signal.SIGHUP)
+            yield batch
+
+    change_training_batches(with_a_signal)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("--epochs", 1) == 0
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_partial_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"a": 1})

@@ -17,7 +17,7 @@ from torch import multiprocessing
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from training.arguments import Parser, flag
-from training.run import STOP_SIGNALS
+from training.run import stop_signals
 
 Worker = Callable[[Namespace, torch.device], int]
 
@@ -116,7 +116,7 @@ def launch(args: Namespace, worker: Worker) -> int:
             for process in processes.processes:
                 process.terminate()
 
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    previous = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         while not processes.join():
             pass

@@ -35,7 +35,6 @@ from training.machine import git_revision, hardware, version
 
 DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
 DIVERGED = 3  # exit status of a run whose loss diverged or is not finite
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RECENT_STEPS, TIMES_GUESSING = 20, 10  # see `Run.check_convergence`
 
 
@@ -65,6 +64,12 @@ class StoppedError(RunEndedError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.status = 128 + number
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask a run to stop. nohup ignores SIGHUP, and so it stays."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hung_up]
 
 
 class Run:
@@ -132,9 +137,8 @@ class Run:
     # --- around the loop
 
     def __enter__(self) -> "Run":
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:  # which nohup ignores
-                self._handlers[number] = signal.signal(number, self._note_signal)
+        for number in stop_signals():
+            self._handlers[number] = signal.signal(number, self._note_signal)
         try:
             self.save()
             if rank() == 0:
