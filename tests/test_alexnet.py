@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from models import AlexNet
 from training import batches
@@ -242,8 +243,24 @@ def folder(tmp_path):
     return tmp_path
 
 
+class TinyNet(nn.Module):
+    """A stand-in for AlexNet whose checkpoint is small."""
+
+    points = ("conv",)
+    smallest_image = 63
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 2, 8, stride=8), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
+        self.fc = nn.Linear(2 * 8 * 8, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x))
+
+
 @pytest.mark.parametrize("batch_size", [16, 40, 3])
 def test_a_run_resumed_with_another_batch_size_sees_each_image_once(alexnet, folder, monkeypatch, batch_size):
+    monkeypatch.setattr(alexnet, "AlexNet", TinyNet)
     make, labels = alexnet.crops, []
 
     def noted(*args):
