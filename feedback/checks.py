@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from feedback.rules import RULES, learned_rules
+from feedback.rules.rule import IGNORED
 
 UPDATES = ("optimizer", "inplace")
 
@@ -38,11 +39,63 @@ def check_logits(logits: Any) -> None:
         raise ValueError(f"direct feedback needs logits of shape (N, K), got {shape_of(logits)}")
 
 
-def check_target(target: Any, batch: int) -> None:
-    """Raise ValueError unless `target` is int64 class ids (N,)."""
+def check_target(target: Any, batch: int, classes: int) -> None:
+    """Raise ValueError unless `target` is int64 class ids (N,), each below K or ignored.
+
+    Their values are looked at on a CPU alone: on CUDA that would be a synchronisation, and the loss checks them there.
+    """
     if not isinstance(target, Tensor) or target.shape != (batch,) or target.dtype != torch.int64:
         kind = f"{target.dtype} {shape_of(target)}" if isinstance(target, Tensor) else shape_of(target)
         raise ValueError(f"target is {kind}, expected class ids torch.int64 ({batch},)")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = target[((target < 0) & (target != IGNORED)) | (target >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"target has label {wrong[0]}, expected 0 to {classes - 1}, or {IGNORED} to ignore an image"
+            )
+
+
+def check_tap(point: str, h: Any, reached: bool, cut: bool) -> None:
+    """Raise ValueError unless a point's output is one Tensor, reached once, and has gradients where it is to be cut."""
+    if not isinstance(h, Tensor):
+        raise ValueError(f"feedback point {point!r} returned a {type(h).__name__}, expected one Tensor")
+    if reached:
+        raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
+    if cut and not torch.is_grad_enabled():
+        raise ValueError(f"feedback point {point!r} runs without gradients: checkpoint it with use_reentrant=False")
+
+
+def check_taps(points: Sequence[str], taps: dict[str, tuple[Tensor, int]], unchanged: bool) -> None:
+    """Raise ValueError unless each point was reached, and, where that matters, its output is as it was then."""
+    for point in points:
+        if point not in taps:
+            raise ValueError(f"feedback point {point!r} was never reached in the forward pass, expected once")
+        h, then = taps[point]
+        if unchanged and then != version(h):
+            raise ValueError(
+                f"the output of feedback point {point!r} was changed in place further up, expected it as it was:"
+                " make that operation not in place, or move the point behind it"
+            )
+
+
+def check_below(points: Sequence[str], activations: Sequence[Tensor], logits: Tensor) -> None:
+    """Raise ValueError where a point returns the logits."""
+    for point, h in zip(points, activations, strict=True):
+        if h is logits:
+            raise ValueError(f"feedback point {point!r} returns the logits: expected a point below the last layer")
+
+
+def check_needs_no_feedback(layer: str, x: Tensor) -> None:
+    """Raise ValueError where the input of a layer without B needs a gradient."""
+    if x.requires_grad:
+        raise ValueError(
+            f"the input of layer {layer!r} needs a gradient, expected none as at construction: it has no B"
+        )
+
+
+def version(h: Tensor) -> int:
+    """`h`'s version counter; under torch.compile 0, since compiled operations are never in place."""
+    return 0 if torch.compiler.is_compiling() else h._version
 
 
 def shape_of(x: Any) -> str:

@@ -43,18 +43,19 @@ class FeedbackPoint(torch.autograd.Function):
         h: Tensor,
         feedback: Tensor,
     ) -> Tensor:
-        ctx.rule, ctx.dtype = rule, h.dtype
+        # as attributes: a checkpointed block runs again in the backward pass, and would save what is newest
+        ctx.rule, ctx.dtype, ctx.target, ctx.step = rule, h.dtype, target, (inplace_lr, inplace_weight_decay)
         learns = feedback.requires_grad or inplace_lr is not None
         # `.data` skips autograd's version check: another backward pass may step B in place before this one runs
         saved = feedback if inplace_lr is None else feedback.data
-        ctx.save_for_backward(saved, h if learns else None, target, inplace_lr, inplace_weight_decay)
+        ctx.save_for_backward(saved, h if learns else None)
         return h.new_zeros(len(h), len(feedback))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
-        feedback, h, target, inplace_lr, inplace_weight_decay = ctx.saved_tensors
-        rule = RULES[ctx.rule]
+        feedback, h = ctx.saved_tensors
+        rule, target, (inplace_lr, inplace_weight_decay) = RULES[ctx.rule], ctx.target, ctx.step
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)
         error = error_NK.to(ctx.dtype)
@@ -96,7 +97,7 @@ def learning_signal(error_NK: Tensor, feedback_KD: Tensor) -> Tensor:
     if rows == batch:
         return error_NK @ feedback_KD
     errors = error_NK.reshape(batch // rows, rows, classes)
-    return torch.bmm(errors, feedback_KD.expand(batch // rows, -1, -1)).view(batch, -1)
+    return torch.bmm(errors, feedback_KD.expand(batch // rows, -1, -1)).flatten(0, 1)
 
 
 def add_correlation(out_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: float = 0, alpha: float = 1) -> Tensor:
@@ -138,7 +139,8 @@ def feedback_point(
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
         name: of the point, for messages.
-        rule, target, inplace_lr, inplace_weight_decay: as in `direct_feedback`; the last two Tensors.
+        rule, inplace_lr, inplace_weight_decay: as in `direct_feedback`; the last two Tensors.
+        target: as in `direct_feedback`, and checked before.
 
     Raises:
         ValueError: as `direct_feedback` does.
@@ -148,8 +150,6 @@ def feedback_point(
         raise ValueError(f"rule is {rule!r}, expected one of {[key for key, r in RULES.items() if not r.chained]}")
     if (feedback.requires_grad or inplace_lr is not None) and not RULES[rule].learns:
         raise ValueError(f"feedback matrix{name} is to learn, expected it fixed by {rule}")
-    if RULES[rule].needs_target:
-        check_target(target, len(h))
     if RULES[rule].needs_target or inplace_lr is not None:
         refuse_float16(h)
     if inplace_lr is not None:
@@ -202,8 +202,8 @@ def direct_feedback(
         matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient learns.
         rule: a direct rule of `feedback.RULES`: it defines which error is multiplied by B for the signal, and which by
             h for B's gradient.
-        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them. Scaling the loss does not scale the terms
-            that the rule computes from them.
+        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them; an image with -100, the `ignore_index` of
+            `F.cross_entropy`, is left out. Scaling the loss does not scale the terms that the rule computes from them.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. Where
             torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number; pass a 0-d
@@ -221,6 +221,8 @@ def direct_feedback(
         raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
     for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
         check_point(h, feedback, len(logits), logits.shape[1], f" {i}")
+    if rule in RULES and RULES[rule].needs_target:
+        check_target(target, *logits.shape)
     lr = decay = None
     if inplace_lr is not None:
         lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (inplace_lr, inplace_weight_decay))

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from feedback.checks import check_logits, check_options, check_target, feedback_name, refuse_float16
+from feedback import checks
+from feedback.checks import feedback_name, version
 from feedback.functional import broadcast_error, direct_feedback, feedback_point
 from feedback.layerwise import feedback_layers, layer_feedback
 from feedback.layout import is_channels_last
@@ -17,12 +19,68 @@ from feedback.state import untouched
 
 
 class _Pass(NamedTuple):
-    """State of the current forward pass, in one object: setting an attribute of an `nn.Module` is slow."""
+    """State of a forward pass."""
 
     cut: bool
     taps: dict[str, tuple[Tensor, int]]  # each point's output and its version counter
     zeros: list[Tensor] | None = None  # of `feedback_point`, so far
     target: Tensor | None = None
+
+
+class _Hooks:
+    """The hooks on a model, and what they need. They do not hold the wrapper, so it is freed when it is dropped."""
+
+    def __init__(self, rule: str, lr: float | None, weight_decay: float | None) -> None:
+        self.rule, self.feedback = rule, nn.Module()
+        self.lr = None if lr is None else torch.tensor(lr, dtype=torch.float64)
+        self.weight_decay = torch.tensor(weight_decay or 0.0, dtype=torch.float64)
+        self.under_way: _Pass | None = None
+        self.last: _Pass | None = None  # without tensors of the model's
+        self.handles: list[RemovableHandle] = []
+
+    def current_pass(self) -> _Pass | None:
+        """The pass under way. Where a checkpointed block runs again in the backward pass: one like the last."""
+        if self.under_way is not None or torch.compiler.is_compiling():
+            return self.under_way
+        if torch._C._current_graph_task_id() < 0:  # not in a backward pass: the bare model is called
+            self.last = None
+        return self.last and self.last._replace(taps={}, zeros=None if self.last.zeros is None else [])
+
+    def tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
+        under_way = self.current_pass()
+        if under_way is None:
+            return None
+        cut = under_way.cut and not RULES[self.rule].chained
+        checks.check_tap(point, h, point in under_way.taps, cut)
+        under_way.taps[point] = h, version(h)
+        if not cut:
+            return None
+        if under_way.zeros is not None:
+            feedback = getattr(self.feedback, feedback_name(point))
+            zero = feedback_point(
+                h,
+                feedback,
+                rule=self.rule,
+                name=f" {point!r}",
+                target=under_way.target,
+                inplace_lr=self.lr,
+                inplace_weight_decay=self.weight_decay,
+            )
+            under_way.zeros.append(zero)
+        return h.detach()
+
+    def replace_backward(
+        self, name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple, named: dict, out: Tensor
+    ) -> Tensor | None:
+        under_way = self.current_pass()
+        if under_way is None or not under_way.cut:
+            return None
+        x = inputs[0] if inputs else named["input"]
+        feedback = getattr(self.feedback, feedback_name(name), None)
+        if feedback is not None:
+            return layer_feedback(layer, x, out, feedback)
+        checks.check_needs_no_feedback(name, x)
+        return None
 
 
 class DirectFeedback(nn.Module):
@@ -43,8 +101,8 @@ class DirectFeedback(nn.Module):
     B: with gradient accumulation B steps once per micro-batch. A loss scaled by a factor scales DKP's step too.
 
     Args:
-        model: maps one Tensor (N, ...) to logits (N, K). The wrapper adds forward hooks to it, which refer to the
-            wrapper: deep-copying the model copies the wrapper too.
+        model: maps one Tensor (N, ...) to logits (N, K). The wrapper adds forward hooks to it; they go when the wrapper
+            is dropped or taken off.
         points: names of submodules, each called once a forward pass, each returning one Tensor h_l (N, ...).
         rule: a key of `feedback.RULES`.
         example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
@@ -79,43 +137,36 @@ class DirectFeedback(nn.Module):
         init: Callable[[Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
-        check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
+        checks.check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
         self.model = model
         self.points = tuple(points)
         self.rule = rule
         self.update = update
-        self._feedback_lr = None if feedback_lr is None else torch.tensor(feedback_lr, dtype=torch.float64)
-        self._feedback_weight_decay = torch.tensor(feedback_weight_decay or 0.0, dtype=torch.float64)
-        self.feedback = nn.Module()
-        self._pass: _Pass | None = None
+        self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay)
+        self.feedback = hooks.feedback
         # partial of a bound method: a deep copy's hooks then belong to the copy
-        self._hooks = hooks = [
-            model.get_submodule(point).register_forward_hook(functools.partial(self._tap, point))
+        hooks.handles += [
+            model.get_submodule(point).register_forward_hook(functools.partial(hooks.tap, point))
             for point in self.points
         ]
         try:
             with untouched(model), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
                 model.eval()
                 logits, activations = self.tapped_forward(example, cut=False)
-            check_logits(logits)
-            for point, h in zip(self.points, activations, strict=True):
-                if h is logits:
-                    raise ValueError(
-                        f"feedback point {point!r} returns the logits: expected a point below the last layer"
-                    )
+            checks.check_logits(logits)
+            checks.check_below(self.points, activations, logits)
             # with empty matrices, for its checks of shapes
             direct_feedback(logits, activations, [h.new_empty(logits.shape[-1], *h.shape[1:]) for h in activations])
             layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
             for name, needs_feedback in layers.items():
                 layer: Any = model.get_submodule(name)
-                replace = functools.partial(self._replace_backward, name)
-                hooks.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
+                replace = functools.partial(hooks.replace_backward, name)
+                hooks.handles.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
                 if needs_feedback:
                     as_weight = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
                     self._add_feedback(name, len(layer.weight), layer.weight.detach(), init or as_weight)
         except BaseException:
-            for hook in hooks:
-                hook.remove()
+            self.unwrap()
             raise
         if not RULES[rule].chained:
             for point, h in zip(self.points, activations, strict=True):
@@ -145,32 +196,36 @@ class DirectFeedback(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """Take the wrapper off: remove its hooks and return the bare model. The wrapper is of no use afterwards."""
-        for hook in self._hooks:
-            hook.remove()
+        for handle in self._hooks.handles:
+            handle.remove()
         return self.model
+
+    def __del__(self) -> None:
+        if "_hooks" in self.__dict__:
+            self.unwrap()
 
     @property
     def feedback_lr(self) -> float | None:
         """Learning rate of B in place, or None where an optimiser has it."""
-        return None if self._feedback_lr is None else self._feedback_lr.item()
+        return None if self._hooks.lr is None else self._hooks.lr.item()
 
     @feedback_lr.setter
     def feedback_lr(self, value: float) -> None:
         if self.update != "inplace":
             raise ValueError(f'feedback_lr goes with update="inplace", got {value} with update={self.update!r}')
-        self._feedback_lr = torch.tensor(value, dtype=torch.float64)
+        self._hooks.lr = torch.tensor(value, dtype=torch.float64)
 
     @property
     def feedback_weight_decay(self) -> float:
         """Weight decay of B in place."""
-        return self._feedback_weight_decay.item()
+        return self._hooks.weight_decay.item()
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the model's logits (N, K).
 
         Args:
             x: (N, ...), as the example.
-            target: (N,) class ids; a rule that needs them, as LAS, needs them to train, the other rules ignore them.
+            target: (N,) class ids, or -100 to ignore an image. LAS and DRTP need it to train; other rules ignore it.
 
         Raises:
             ValueError: as the class does, and in training without a target that the rule needs.
@@ -183,14 +238,12 @@ class DirectFeedback(nn.Module):
         if rule.needs_target:
             if target is None:
                 raise ValueError(f"{rule.name} reads the labels: call net(x, target=y) in training, with y (N,) int64")
-            check_target(target, len(x))
-        else:
-            target = None
+            checks.check_target(target, len(x), len(self.matrices()[0]))
         zeros: list[Tensor] = []
         logits, _ = self._run(x, _Pass(cut=True, taps={}, zeros=zeros, target=target))
         routed = broadcast_error(logits, zeros)
         if self.update == "inplace":
-            refuse_float16(routed)
+            checks.refuse_float16(routed)
         return routed
 
     def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
@@ -202,68 +255,16 @@ class DirectFeedback(nn.Module):
         return self._run(x, _Pass(cut=cut, taps={}))
 
     def _run(self, x: Tensor, under_way: _Pass) -> tuple[Tensor, list[Tensor]]:
-        self._pass = under_way
+        self._hooks.under_way = under_way
+        self._hooks.last = under_way._replace(taps={}, zeros=under_way.zeros and [])
         try:
             logits = self.model(x)
         finally:
-            self._pass = None
+            self._hooks.under_way = None
         taps = under_way.taps
-        for point in self.points:
-            if point not in taps:
-                raise ValueError(f"feedback point {point!r} was never reached in the forward pass, expected once")
-            h, version = taps[point]
-            if RULES[self.rule].learns and version != _version(h):
-                raise ValueError(
-                    f"the output of feedback point {point!r} was changed in place further up, expected it as it was:"
-                    " make that operation not in place, or move the point behind it"
-                )
+        checks.check_taps(self.points, taps, unchanged=RULES[self.rule].learns)
         return logits, [taps[point][0] for point in self.points]
-
-    def _tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
-        under_way = self._pass
-        if under_way is None:
-            return None
-        if not isinstance(h, Tensor):
-            raise ValueError(f"feedback point {point!r} returned a {type(h).__name__}, expected one Tensor")
-        if point in under_way.taps:
-            raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
-        under_way.taps[point] = h, _version(h)
-        if not under_way.cut or RULES[self.rule].chained:
-            return None
-        if under_way.zeros is not None:
-            feedback = getattr(self.feedback, feedback_name(point))
-            zero = feedback_point(
-                h,
-                feedback,
-                rule=self.rule,
-                name=f" {point!r}",
-                target=under_way.target,
-                inplace_lr=self._feedback_lr,
-                inplace_weight_decay=self._feedback_weight_decay,
-            )
-            under_way.zeros.append(zero)
-        return h.detach()
-
-    def _replace_backward(
-        self, name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple, named: dict, out: Tensor
-    ) -> Tensor | None:
-        if self._pass is None or not self._pass.cut:
-            return None
-        x = inputs[0] if inputs else named["input"]
-        feedback = getattr(self.feedback, feedback_name(name), None)
-        if feedback is not None:
-            return layer_feedback(layer, x, out, feedback)
-        if x.requires_grad:
-            raise ValueError(
-                f"the input of layer {name!r} needs a gradient, expected none as at construction: it has no B"
-            )
-        return None
 
     def extra_repr(self) -> str:
         update = f", update={self.update}" if RULES[self.rule].learns else ""
         return f"rule={self.rule}, points={self.points}{update}"
-
-
-def _version(h: Tensor) -> int:
-    """`h`'s version counter; under torch.compile 0, since compiled operations are never in place."""
-    return 0 if torch.compiler.is_compiling() else h._version
