@@ -5,6 +5,7 @@ Result: 72.61 +- 0.25 % test accuracy (n=3; BP 74.27, DKP 66.74), 27 s an epoch 
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
 """
 
+import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -19,15 +20,15 @@ from feedback import DirectFeedback
 from models import ConvNet
 from training.arguments import Parser, add_common_arguments, advice, parse_run_arguments, positive_int, run_script
 from training.batches import Data, whole_images
-from training.checkpoint import trained_state
+from training.checkpoint import load_trained
 from training.classify import classify
 from training.data import load_images
-from training.distributed import print_once, rank, world_size
+from training.distributed import print_once, world_size
 from training.evaluate import evaluate, in_a_line, measure_angles
 from training.launch import refuse_torchrun
 from training.machine import reuse_memory
 from training.optim import SCHEDULES, autocast, learning_rates, make_optimizers, set_learning_rates, wrap
-from training.run import Run, RunEndedError, make_run_folder, plural, write_config
+from training.run import Run, RunEndedError, plural
 
 IMAGE_SIZE = 32
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
@@ -121,14 +122,11 @@ def evaluate_or_train(
     """Evaluate the net of `checkpoint` where --evaluate asks for it, else train from there; return the exit status."""
     try:
         if args.evaluate and checkpoint is not None:
-            net.model.load_state_dict(trained_state(checkpoint))
+            load_trained(net.model, checkpoint)
             print_once(in_a_line(evaluate(net, data.test(), autocast(args, run.device)), run.split))
             return 0
-        if checkpoint is not None:
-            run.restore(checkpoint)
-        if rank() == 0:
-            write_config(run.folder, vars(args), data.where, run.device)
-    except (ValueError, RuntimeError, OSError) as error:
+        run.begin(checkpoint, vars(args))
+    except ValueError as error:
         parser.error(f"{run.folder}: {error}")
     where = f"{data.where}, {run.device}, {plural(world_size(), 'process')}"
     print_once(f"{args.train_mode} on {where}; run folder {run.folder}, from epoch {run.epoch}, step {run.step}")
@@ -140,6 +138,8 @@ def evaluate_or_train(
     except RunEndedError as error:
         print_once(error, file=sys.stderr)
         return error.status
+    finally:
+        run.end()
     return 0
 
 
@@ -161,8 +161,6 @@ def main(argv: list[str] | None = None) -> int:
         data = whole_images(images, args.batch_size, args.test_batch_size, args.seed, PROBE_IMAGES, **options)
         name = f"{args.dataset}-{args.train_mode}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(args.resume).parent if args.resume else Path(args.out or f"runs/{name}")
-        if checkpoint is None:
-            make_run_folder(folder, "ConvNet")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -178,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         args,
         model="ConvNet",
         not_kept=NOT_KEPT,
-        command=f"python main.py --resume {folder}",
+        command=f"python main.py --resume {shlex.quote(str(folder))}",
         advice=advice(args),
         log_interval=args.log_interval,
         split="test" if args.validation is None else "validation",

@@ -7,6 +7,7 @@ Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignme
 
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -37,11 +38,11 @@ from training.batches import Data, crops, image_folder
 from training.checkpoint import CONTENT, NAMES, TRAINED, load_checkpoint
 from training.classify import classify
 from training.data import load_images
-from training.distributed import barrier, gather, rank, world_size
-from training.launch import check, device_of, launch, processes_per_node, restarts, under_torchrun
+from training.distributed import barrier, gather, print_once, rank, world_size
+from training.launch import check, device_of, launch, processes_per_node, under_torchrun
 from training.machine import reuse_memory
 from training.optim import make_optimizers, wrap
-from training.run import DIVERGED, DIVERGED_MARK, Run, make_run_folder
+from training.run import DIVERGED, DIVERGED_MARK, Run
 
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
@@ -99,14 +100,9 @@ def make_parser() -> Parser:
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    """Parse and check the command line. After torchrun has restarted the job, it resumes from its own checkpoint."""
+    """Parse and check the command line."""
     parser = make_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
-    asked = parser.parse_args(argv) if restarts() > 0 else None
-    if asked is not None and (run_folder(asked) / DIVERGED_MARK).exists():
-        parser.exit(DIVERGED, f"the run in {run_folder(asked)} diverged: it would do so again\n")
-    if asked is not None and not asked.evaluate and (run_folder(asked) / NAMES["AlexNet"]).exists():
-        argv += ["--resume", str(run_folder(asked)), "--start-epoch", "0"]
     args, checkpoint = parse_run_arguments(parser, argv, "AlexNet", FIXED_BY_THE_CHECKPOINT)
     check(args, parser)
     if args.image_size < AlexNet.smallest_image:
@@ -168,11 +164,21 @@ def refuse_different_arguments(args: Namespace) -> None:
             make_parser().error(f"{flag(key)}: the processes have {' and '.join(values)}, expected the same for all")
 
 
-def work(args: Namespace, device: torch.device) -> int:
-    """What every process does: data, net, optimisers, and the loop. Return its exit status."""
+def work(args: Namespace, device: torch.device, restarted: bool) -> int:
+    """What every process does: data, net, optimisers, and the loop. Return its exit status.
+
+    Where torchrun has `restarted` the job, it goes on from its own last checkpoint.
+    """
     reuse_memory()
     refuse_different_arguments(args)
-    folder = Path(gather(str(run_folder(args)))[0])  # rank 0's, since the default name contains the time
+    mine = run_folder(args)
+    # as rank 0 has them: the default name contains the time
+    folder, diverged, saved = gather((mine, (mine / DIVERGED_MARK).exists(), (mine / NAMES["AlexNet"]).exists()))[0]
+    if restarted and diverged:
+        print_once(f"the run in {folder} diverged: it would do so again", file=sys.stderr)
+        return DIVERGED
+    if restarted and saved and not args.evaluate:
+        args.resume, args.start_epoch = str(folder / NAMES["AlexNet"]), 0
     checkpoint = None
     try:
         data = load_data(args, device)
@@ -181,8 +187,6 @@ def work(args: Namespace, device: torch.device) -> int:
             checkpoint = load_checkpoint(Path(args.resume), "AlexNet", TRAINED if args.evaluate else CONTENT)
         if len(set(gather((data.fingerprint, checkpoint and checkpoint["epoch"])))) > 1:
             raise ValueError("the processes see other data or checkpoints than each other: are the folders shared?")
-        if rank() == 0 and checkpoint is None:
-            make_run_folder(folder, "AlexNet")
     except (ValueError, OSError) as error:
         make_parser().error(str(error))
     barrier()
@@ -208,7 +212,7 @@ def work(args: Namespace, device: torch.device) -> int:
         args,
         model="AlexNet",
         not_kept=NOT_KEPT,
-        command=f"the same command and --resume {folder}",
+        command=f"the same command and --resume {shlex.quote(str(folder))}",
         advice=advice(args),
         log_interval=args.print_freq,
         best_name=BEST,

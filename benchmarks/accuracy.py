@@ -9,14 +9,13 @@ is not listed below goes to each run of the training script.
 """
 
 import csv
-import fcntl
 import json
 import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -32,12 +31,14 @@ import main as convnet
 from feedback import RULES, learned_rules
 from training.arguments import Parser, positive_int, run_script, seed
 from training.checkpoint import NAMES
+from training.files import locked
 from training.machine import REPOSITORY
 from training.plot import Panel, Row, angle_titles, draw, read_metrics
 from training.run import DIVERGED, plural
 from training.synthetic import synthetic_images
 
 RUNS, COMMITTED = REPOSITORY / "runs", REPOSITORY / "benchmarks" / "results"
+LOCK = "lock"  # the name of a file: of a run that a process is at, and of the sweep while its results are written
 VERSION = 3  # of the layout of sweep.json
 # not for the user to give
 OF_THE_SWEEP: tuple[str, ...] = ("--train-mode", "--seed", "--out", "--resume", "--validation", "--dry-run")
@@ -220,19 +221,6 @@ def read_recipe(path: Path, modes: Sequence[str]) -> dict[str, list[str]]:
     return recipe
 
 
-@contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Try to lock `folder`, or `wait` for it; yield whether this process holds it. The end of a process frees it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def is_over(folder: Path, epochs: int) -> bool:
     """Whether a run has done its epochs, or failed."""
     return len(read_metrics(folder)) >= epochs or (folder / "failed").exists()
@@ -279,7 +267,7 @@ def sweep(runs: list[Run], to_come: int, folder: Path, args: Namespace) -> None:
     The plots are drawn at the end. `to_come` is how many more runs will follow these.
     """
     for number, run in enumerate(runs, start=1):
-        with locked(folder / run.name) as free:
+        with locked(folder / run.name / LOCK) as free:
             if not free:
                 print(f"{run.name}: another process is at it, passed over", flush=True)
                 continue
@@ -299,7 +287,7 @@ def publish(runs: list[Run], folder: Path, args: Namespace) -> None:
     Raises:
         ValueError: as `remembered` does.
     """
-    with locked(folder, wait=True):
+    with locked(folder / LOCK, wait=True):
         write_results(remembered(folder, runs, args), folder, args)
 
 
@@ -557,7 +545,7 @@ def main(argv: list[str] | None = None) -> int:
                 runs = make_runs(args, flags, folder)
                 for run in runs:  # a mistake in them is told before anything is written
                     net.script.parse_arguments(command_line(run, folder / run.name, args))
-                with locked(folder, wait=True):
+                with locked(folder / LOCK, wait=True):
                     remembered(folder, runs, args)
             except (ValueError, OSError) as error:
                 parser.error(str(error))

@@ -64,3 +64,18 @@ def change_training_batches(monkeypatch):
 
     whole_images = main.whole_images
     return change
+
+
+@pytest.fixture
+def run(data_folder, tmp_path):
+    """Run main.py on 40 images in batches of 12, in folder `out` of tmp_path unless it resumes.
+
+    By the original's settings, unless `flags` say otherwise.
+    """
+
+    def run_main(*flags, out="run"):
+        new = ("--data", data_folder, "--batch-size", 12, "--recipe", "original", "--out", tmp_path / out)
+        where = () if "--resume" in flags else new
+        return main.main([str(flag) for flag in ("--no-cuda", *where, *flags)])
+
+    return run_main

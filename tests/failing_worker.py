@@ -11,7 +11,7 @@ from training.distributed import barrier, rank
 from training.launch import launch
 
 
-def work(args, device):
+def work(args, device, restarted):
     barrier()
     if rank() == 1:
         time.sleep(1)

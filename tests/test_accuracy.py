@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import held_by_another_process
 
 import main
 from feedback import RULES
@@ -132,8 +133,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, trained, change_training_ba
 
 
 def test_a_run_of_another_process_is_passed_over(accuracy, sweep, trained, tmp_path, capsys):
-    with accuracy.locked(tmp_path / "runs" / "it" / "BP-original-seed1") as free:
-        assert free
+    with held_by_another_process(tmp_path / "runs" / "it" / "BP-original-seed1" / accuracy.LOCK):
         sweep("--modes", "BP", "DFA", "--seeds", 1)
     assert trained == [("--out", "DFA-original-seed1")]
     assert "BP-original-seed1: another process is at it" in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(
 
 
 def test_a_search_goes_no_further_than_a_run_of_another_process(accuracy, sweep, trained, tmp_path, capsys):
-    with accuracy.locked(tmp_path / "runs" / "it" / "BP-schedule-one-cycle-lr-0.002-seed1"):
+    with held_by_another_process(tmp_path / "runs" / "it" / "BP-schedule-one-cycle-lr-0.002-seed1" / accuracy.LOCK):
         sweep("--search", "--modes", "BP")
         assert len(trained) == len(accuracy.NETS["convnet"].stages("BP")[0]) - 1
         assert "not over: another process is at BP-schedule-one-cycle-lr-0.002-seed1" in capsys.readouterr().out

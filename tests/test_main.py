@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_refused, checkpoint
 from PIL import Image
 
 import main
@@ -35,25 +36,6 @@ MODES = {
 }
 RESUMED = MODES | {"one-cycle": ["--schedule", "one-cycle", "--fc-norm"]}
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-
-
-@pytest.fixture
-def run(data_folder, tmp_path):
-    """Run main.py on 40 images in batches of 12, in folder `out` of tmp_path unless it resumes.
-
-    By the original's settings, unless `flags` say otherwise.
-    """
-
-    def run_main(*flags, out="run"):
-        new = ("--data", data_folder, "--batch-size", 12, "--recipe", "original", "--out", tmp_path / out)
-        where = () if "--resume" in flags else new
-        return main.main([str(flag) for flag in ("--no-cuda", *where, *flags)])
-
-    return run_main
-
-
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def metrics(folder):
@@ -638,17 +620,6 @@ def test_random_numbers_are_restored(run, tmp_path):
 
 
 # --- bad input: one line, exit status 2
-
-
-def assert_refused(capsys, call, *fragments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        call()
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert error.startswith("main.py: error: ") and error.count("\n") == 1, error
-    for fragment in fragments:
-        assert fragment in error
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,7 @@
-"""What the training scripts share: data, checkpoints, run folders, arguments."""
+"""What both training scripts share. They import it first: Ctrl-C while torch is loaded is then a line, no traceback."""
+
+import sys
+
+from training.console import show_uncaught
+
+sys.excepthook = show_uncaught

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from feedback import RULES, UPDATES, learned_rules
 from training.checkpoint import CONTENT, TRAINED, find_checkpoint, load_checkpoint
+from training.console import outlast_the_terminal
 
 RECIPES = Path(__file__).parent / "recipes.json"  # of each net: the best flags of each rule; what else is known
 
@@ -102,6 +103,7 @@ def seed(text: str) -> int:
 
 def run_script(main: Callable[[], int]) -> NoReturn:
     """End the process with `main`'s exit status; Ctrl-C before or after training is one line and 130."""
+    outlast_the_terminal()
     try:
         status = main()
     except KeyboardInterrupt:
@@ -204,6 +206,26 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
+def check_kept(parser: Parser, kept: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the arguments kept in the checkpoint `path` are such as the command line could give."""
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in kept.items():
+        action, default = actions.get(key), parser.get_default(key)
+        if action is None:  # a constant of the script
+            fits = type(value) is type(default)
+        elif action.nargs == 0:  # a switch
+            fits = isinstance(value, bool)
+        else:
+            try:
+                again = value if value is None else parser._get_value(action, str(value))
+                parser._check_value(action, again)
+                fits = again == value and (value is not None or default is None)
+            except argparse.ArgumentError:
+                fits = value is None and default is None
+        if not fits:
+            raise ValueError(f"{path} is damaged: it has {str(value)[:50]!r} for {flag(key)}")
+
+
 def parse_run_arguments(
     parser: Parser, argv: Sequence[str], model: str, fixed: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
@@ -231,6 +253,7 @@ def parse_run_arguments(
         try:
             path = find_checkpoint(Path(args.resume), model)
             checkpoint = load_checkpoint(path, model, TRAINED if uses else CONTENT)
+            check_kept(parser, checkpoint["args"], path)
         except ValueError as error:
             parser.error(str(error))
         parser.set_defaults(**checkpoint["args"])

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from training.files import replaced
 
 NAMES = {"ConvNet": "checkpoint.pt", "AlexNet": "checkpoint.pth.tar"}  # of the checkpoint in a run's folder, by net
 SCRIPTS = {"ConvNet": "main.py", "AlexNet": "alexnet/main.py"}
@@ -26,17 +28,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written; what was at `path` is still there.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
+        with replaced(path) as partial, open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except RuntimeError as error:  # what torch makes of a write that fails, as on a full disk
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: Path, model: str) -> Path:
@@ -86,11 +84,18 @@ def load_checkpoint(path: Path, model: str, content: dict[str, type] = CONTENT) 
     return state
 
 
-def trained_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict of the bare model in a checkpoint; BatchNorm's statistics are averaged over the run's ranks."""
+def load_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Give the bare model the weights in a checkpoint; BatchNorm's statistics are averaged over the run's ranks.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     prefix = "model."
     net = {key.removeprefix(prefix): value for key, value in checkpoint["net"].items() if key.startswith(prefix)}
-    return net | mean_buffers([rank["buffers"] for rank in checkpoint.get("ranks", ())])
+    try:
+        model.load_state_dict(net | mean_buffers([rank["buffers"] for rank in checkpoint.get("ranks", ())]))
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint does not fit: {error}") from error
 
 
 def mean_buffers(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.checkpoint import trained_state
+from training.checkpoint import load_trained
 from training.data import normalise
 from training.image_files import read_rgb
 
@@ -52,10 +52,7 @@ def classify(model: nn.Module, checkpoint: dict[str, Any], paths: Sequence[str],
         ImageFileError: as `read_image`.
         ValueError: the checkpoint does not fit the net.
     """
-    try:
-        model.load_state_dict(trained_state(checkpoint))
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the checkpoint does not fit: {error}") from error
+    load_trained(model, checkpoint)
     device = next(model.parameters()).device
     for path in paths:
         logits = model.eval()(read_image(path, resized, size)[None].to(device))

