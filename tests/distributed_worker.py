@@ -1,6 +1,7 @@
 """What each rank of tests/test_distributed.py runs; a module of its own, so that spawned processes can import it."""
 
 import itertools
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main
 from feedback import RULES, DirectFeedback
 from training.batches import Data
-from training.run import DivergedError, Run
+from training.run import DivergedError, Run, StoppedError
 
 POINTS = ("0", "2")
 
@@ -35,11 +36,11 @@ def make_net(rule, options):
     return net
 
 
-def train(net, train_net, rank, world, steps, folder, nan_at=None):
+def train(net, train_net, rank, world, steps, folder, nan_at=None, signal_in_test=None):
     """An epoch of main.py's loop on this rank's share of the same batches of 6 and, in every third step, 5 images.
 
     But not by LAS and DRTP: what they make of the labels is a mean over a rank's images, whatever their share. In step
-    `nan_at` the images of rank 1 are NaN.
+    `nan_at` the images of rank 1 are NaN; before its test batch `signal_in_test` rank 1, which has three, gets a signal.
     """
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
 
@@ -54,6 +55,12 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None):
             factor = torch.nan if step == nan_at and rank == 1 else 1
             yield x[mine] * factor, y[mine], images
 
+    def test_batches():
+        for number, batch in enumerate(itertools.islice(batches(1, 0), 1 if rank == 0 else 3)):
+            if number == signal_in_test and rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
     data = Data(
         name="random",
         where="random",
@@ -61,7 +68,7 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None):
         images=6 * steps,
         steps_after=lambda seen: steps,
         train=batches,
-        test=lambda: itertools.islice(batches(1, 0), 1),
+        test=test_batches,
         probe=next(batches(1, 0))[:2],
         fingerprint="",
     )
@@ -86,4 +93,9 @@ def run(rank, world, port, modes, steps, folder):
         train(net, DistributedDataParallel(net), rank, world, steps, folder, nan_at=3)
     except DivergedError as error:
         Path(f"{folder}/diverged-{rank}.txt").write_text(str(error))
+    try:
+        net = make_net("DKP", {})
+        train(net, DistributedDataParallel(net), rank, world, steps, folder, signal_in_test=2)
+    except StoppedError as error:
+        Path(f"{folder}/stopped-{rank}.txt").write_text(f"{error.status} {error}")
     dist.destroy_process_group()

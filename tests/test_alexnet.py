@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from small_alexnet import SmallNet
 
 from models import AlexNet
 from training import batches
 from training.checkpoint import TRAINED, load_checkpoint
 from training.data import CIFAR, epoch_order
 from training.image_files import ImageFiles
+from training.launch import free_port
 from training.run import DIVERGED
 from training.synthetic import synthetic_images
 
@@ -225,7 +226,7 @@ def test_a_damaged_image_ends_a_run_with_its_name(tmp_path, flags):
     _, error = finish(start(tmp_path, *flags, "--epochs", 1), status=1, timeout=120)
     assert f"error: {path} cannot be read as an image: " in error and "Traceback" not in error
     kept = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "AlexNet")
-    assert (kept["epoch"], kept["ranks"][0]["tally"]["step"]) == (0, 0 if "--nprocs-per-node" in flags else 3)
+    assert (kept["epoch"], kept["ranks"][0]["tally"]["step"]) == (0, 3)
 
 
 @pytest.fixture
@@ -243,24 +244,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-class TinyNet(nn.Module):
-    """A stand-in for AlexNet whose checkpoint is small."""
-
-    points = ("conv",)
-    smallest_image = 63
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.conv = nn.Sequential(nn.Conv2d(3, 2, 8, stride=8), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
-        self.fc = nn.Linear(2 * 8 * 8, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.conv(x))
-
-
 @pytest.mark.parametrize("batch_size", [16, 40, 3])
 def test_a_run_resumed_with_another_batch_size_sees_each_image_once(alexnet, folder, monkeypatch, batch_size):
-    monkeypatch.setattr(alexnet, "AlexNet", TinyNet)
+    monkeypatch.setattr(alexnet, "AlexNet", SmallNet)
     make, labels = alexnet.crops, []
 
     def noted(*args):
@@ -406,6 +392,17 @@ def test_a_job_of_two_that_sigterm_stopped_goes_on_exactly(folder):
     assert "stopped at epoch" in error and f"--resume {folder / 'stopped'}" in error
     finish(start(folder, *TWO, "--resume", folder / "stopped"))
     assert_same_nets(folder / "straight", folder / "stopped")
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_by_hand_is_killed_the_other_ends_in_one_line(folder):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    flags = ("--world-size", 2, "--dist-url", url, "--train-mode", "BP", "--epochs", 50, "--out", folder / "run")
+    killed, other = (start(folder, *flags, "--rank", rank) for rank in (0, 1))
+    wait_for_epoch_1(folder / "run")
+    killed.kill()
+    _, error = finish(other, status=1, timeout=60)
+    assert error.count("\n") == 1 and error.startswith("error: rank 1 of 2 has lost another one: "), error
 
 
 @pytest.mark.slow

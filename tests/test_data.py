@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import pickle
 import socket
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -260,6 +262,17 @@ def test_epoch_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():
     assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 4
     assert torch.equal(orders[0], data.epoch_order(50, 1, 1))
+
+
+def test_the_header_of_an_array_is_read_before_the_array(tmp_path):
+    """An array in the form of 2.2 GB, of which the file has nothing but the header."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (90_000, 3072)})
+    with zipfile.ZipFile(tmp_path / "cifar10.npz", "w") as archive:
+        for key in data.ARRAYS:
+            archive.writestr(f"{key}.npy", np.lib.format.magic(1, 0) + header.getvalue())
+    with pytest.raises(ValueError, match=r"x_train is float64 \(90000, 3072\), expected uint8"):
+        data.load_images("cifar10", tmp_path)
 
 
 def test_a_fetch_shows_its_bytes_and_ends_with_its_command(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from distributed_worker import make_net, run, train
 from torch import multiprocessing
 from variants import VARIANTS
 
+from training.checkpoint import load_checkpoint
 from training.launch import free_port
 
 WORLD, STEPS = 2, 20
@@ -15,13 +16,18 @@ WORLD, STEPS = 2, 20
 def trained(tmp_path_factory):
     """The state dict and train metrics of every mode and rank, by mode; two processes train them all.
 
-    Last they train on a NaN that rank 1 alone has: both ranks end before the update.
+    Then they train on a NaN that rank 1 alone has: both ranks end before the update. Last a signal comes to rank 1, in a
+    test batch that rank 0 does not have: both ranks stop there, and the epoch is saved.
     """
     folder = tmp_path_factory.mktemp("ranks")
     args = (WORLD, free_port(), VARIANTS, STEPS, str(folder))
     multiprocessing.start_processes(run, args, nprocs=WORLD, start_method="spawn")
     diverged = [(folder / f"diverged-{rank}.txt").read_text() for rank in range(WORLD)]
     assert all("the loss is nan at epoch 1, step 4: stopped before the update" in text for text in diverged)
+    stopped = [(folder / f"stopped-{rank}.txt").read_text() for rank in range(WORLD)]
+    assert all(text.startswith(f"143 stopped at epoch 1, step {STEPS}; ") for text in stopped)
+    kept = load_checkpoint(folder / "checkpoint.pt", "ConvNet")
+    assert (kept["epoch"], [rank["tally"]["step"] for rank in kept["ranks"]]) == (0, [STEPS] * WORLD)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
         for name in VARIANTS

@@ -1,0 +1,36 @@
+"""alexnet/main.py with a net of a few thousand weights, whose checkpoints are small; as a script, it trains that."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from conftest import module_of
+
+from training.arguments import run_script
+
+
+class SmallNet(nn.Module):
+    """A stand-in for AlexNet on 64x64 pixels."""
+
+    points = ("conv",)
+    smallest_image = 63
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 2, 8, stride=8), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
+        self.fc = nn.Linear(2 * 8 * 8, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x))
+
+
+if __name__ == "__main__":
+    time.sleep(float(os.environ.get("LATE_S", "0")))
+    alexnet = module_of("alexnet/main.py")
+    alexnet.AlexNet = SmallNet
+    run_script(alexnet.main)
