@@ -16,8 +16,8 @@ WORLD, STEPS = 2, 20
 def trained(tmp_path_factory):
     """The state dict and train metrics of every mode and rank, by mode; two processes train them all.
 
-    Then they train on a NaN that rank 1 alone has: both ranks end before the update. Last a signal comes to rank 1, in a
-    test batch that rank 0 does not have: both ranks stop there, and the epoch is saved.
+    Then they train on a NaN that rank 1 alone has: both ranks end before the update. Last a signal comes to rank 1, at
+    a test batch that rank 0 does not have: both ranks stop there, and the epoch is saved.
     """
     folder = tmp_path_factory.mktemp("ranks")
     args = (WORLD, free_port(), VARIANTS, STEPS, str(folder))

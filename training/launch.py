@@ -24,6 +24,9 @@ from training.run import stop_signals
 
 Worker = Callable[[Namespace, torch.device, bool], int]  # the arguments, this process's device, and whether torchrun
 # has started this job anew after a failure; returns the exit status
+# DistributedDataParallel keeps gloo's threads alive. They still let go of the last collective's tensors, for which they
+# take Python's lock, and abort the process if the interpreter has begun to end by then.
+LAST_TENSORS_S = 0.5
 LET_OTHERS_SPEAK_S = 2  # seconds that a process waits whose neighbour is gone: the launcher shows what came first
 
 
@@ -190,6 +193,7 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
         print(f"error: rank {rank} of {world_size} has lost another one: {why}", file=sys.stderr, flush=True)
         return 1
     dist.destroy_process_group()
+    time.sleep(LAST_TENSORS_S)
     return status
 
 
