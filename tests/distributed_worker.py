@@ -40,7 +40,7 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None, signal_in_tes
     """An epoch of main.py's loop on this rank's share of the same batches of 6 and, in every third step, 5 images.
 
     But not by LAS and DRTP: what they make of the labels is a mean over a rank's images, whatever their share. In step
-    `nan_at` the images of rank 1 are NaN. Rank 1 has three test batches; before `signal_in_test` of them a signal comes.
+    `nan_at` the images of rank 1 are NaN. Rank 1 has three test batches, and gets a signal at number `signal_in_test`.
     """
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
 
