@@ -5,20 +5,22 @@ Result: 72.61 +- 0.25 % test accuracy (n=3; BP 74.27, DKP 66.74), 27 s an epoch 
 Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignment", 2020
 """
 
-import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
+from training.console import run_script  # first: so Ctrl-C while torch is loaded is a line
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from feedback import DirectFeedback
 from models import ConvNet
-from training.arguments import Parser, add_common_arguments, advice, parse_run_arguments, positive_int, run_script
+from training.arguments import Parser, add_common_arguments, advice, parse_run_arguments, positive_int
 from training.batches import Data, whole_images
 from training.checkpoint import load_trained
 from training.classify import classify
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         args,
         model="ConvNet",
         not_kept=NOT_KEPT,
-        command=f"python main.py --resume {shlex.quote(str(folder))}",
+        command="python main.py",
         advice=advice(args),
         log_interval=args.log_interval,
         split="test" if args.validation is None else "validation",

@@ -7,18 +7,20 @@ Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignme
 
 import math
 import os
-import shlex
 import sys
 import time
 import warnings
 from argparse import Namespace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training.console import run_script  # first: so Ctrl-C while torch is loaded is a line
+
+# isort: split
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from main import evaluate_or_train
 from models import AlexNet
@@ -31,7 +33,6 @@ from training.arguments import (
     nonnegative_int,
     parse_run_arguments,
     positive_int,
-    run_script,
 )
 from training.augment import resized_side
 from training.batches import Data, crops, image_folder
@@ -212,7 +213,7 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
         args,
         model="AlexNet",
         not_kept=NOT_KEPT,
-        command=f"the same command and --resume {shlex.quote(str(folder))}",
+        command="the same command and",
         advice=advice(args),
         log_interval=args.print_freq,
         best_name=BEST,

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import alexnet.main
 import main as convnet
 from feedback import RULES, learned_rules
-from training.arguments import Parser, positive_int, run_script, seed
+from training.arguments import Parser, positive_int, seed
 from training.checkpoint import NAMES
+from training.console import run_script
 from training.files import locked
 from training.machine import REPOSITORY
 from training.plot import Panel, Row, angle_titles, draw, read_metrics

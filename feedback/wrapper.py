@@ -53,21 +53,19 @@ class _Hooks:
         cut = under_way.cut and not RULES[self.rule].chained
         checks.check_tap(point, h, point in under_way.taps, cut)
         under_way.taps[point] = h, version(h)
-        if not cut:
-            return None
-        if under_way.zeros is not None:
-            feedback = getattr(self.feedback, feedback_name(point))
-            zero = feedback_point(
-                h,
-                feedback,
-                rule=self.rule,
-                name=f" {point!r}",
-                target=under_way.target,
-                inplace_lr=self.lr,
-                inplace_weight_decay=self.weight_decay,
+        if cut and under_way.zeros is not None:
+            under_way.zeros.append(
+                feedback_point(
+                    h,
+                    getattr(self.feedback, feedback_name(point)),
+                    rule=self.rule,
+                    name=f" {point!r}",
+                    target=under_way.target,
+                    inplace_lr=self.lr,
+                    inplace_weight_decay=self.weight_decay,
+                )
             )
-            under_way.zeros.append(zero)
-        return h.detach()
+        return h.detach() if cut else None
 
     def replace_backward(
         self, name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple, named: dict, out: Tensor
@@ -261,9 +259,8 @@ class DirectFeedback(nn.Module):
             logits = self.model(x)
         finally:
             self._hooks.under_way = None
-        taps = under_way.taps
-        checks.check_taps(self.points, taps, unchanged=RULES[self.rule].learns)
-        return logits, [taps[point][0] for point in self.points]
+        checks.check_taps(self.points, under_way.taps, unchanged=RULES[self.rule].learns)
+        return logits, [under_way.taps[point][0] for point in self.points]
 
     def extra_repr(self) -> str:
         update = f", update={self.update}" if RULES[self.rule].learns else ""

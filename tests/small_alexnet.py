@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import module_of
 
-from training.arguments import run_script
+from training.console import run_script
 
 
 class SmallNet(nn.Module):

@@ -1,7 +1,1 @@
-"""What both training scripts share. They import it first: Ctrl-C while torch is loaded is then a line, no traceback."""
-
-import sys
-
-from training.console import show_uncaught
-
-sys.excepthook = show_uncaught
+"""What the training scripts share: data, checkpoints, run folders, arguments."""

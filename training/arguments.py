@@ -6,13 +6,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from feedback import RULES, UPDATES, learned_rules
 from training.checkpoint import CONTENT, TRAINED, find_checkpoint, load_checkpoint
-from training.console import outlast_the_terminal
 
 RECIPES = Path(__file__).parent / "recipes.json"  # of each net: the best flags of each rule; what else is known
 
@@ -99,17 +98,6 @@ def seed(text: str) -> int:
     if not (text.isdecimal() and int(text) < 2**32):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 0 to {2**32 - 1}")
     return int(text)
-
-
-def run_script(main: Callable[[], int]) -> NoReturn:
-    """End the process with `main`'s exit status; Ctrl-C before or after training is one line and 130."""
-    outlast_the_terminal()
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status)
 
 
 def add_common_arguments(

@@ -1,9 +1,15 @@
-"""A terminal that goes away, and Ctrl-C, neither of which is to look like a fault."""
+"""A terminal that goes away, and Ctrl-C, neither of which is to look like a fault.
+
+Scripts import it first, so that Ctrl-C while torch is loaded is a line, too.
+"""
 
 import contextlib
+import os
+import signal
 import sys
-from types import TracebackType
-from typing import Any, TextIO
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn, TextIO
 
 
 class Lasting:
@@ -30,9 +36,29 @@ def outlast_the_terminal() -> None:
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
 
 
-def show_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """An excepthook that says of Ctrl-C that it came, and no more."""
-    if issubclass(kind, KeyboardInterrupt):
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle SIGINT: raise KeyboardInterrupt, but end the process where a module is being imported.
+
+    Modules in the midst of their import may catch the exception, or fail in another way because of it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """End the process with `main`'s exit status; Ctrl-C before or after training is one line and 130."""
+    outlast_the_terminal()
+    try:
+        status = main()
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+        status = 130
+    sys.exit(status)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-from training.arguments import Parser, run_script
+from training.arguments import Parser
+from training.console import run_script
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

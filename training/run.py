@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import platform
+import shlex
 import signal
 import statistics
 import sys
@@ -87,7 +88,7 @@ class Run:
         data: what it is trained on.
         args: the script's arguments; all but those named in `not_kept` go into the checkpoint.
         model: the net's name.
-        command: the line that resumes the run. advice: what to try where it diverges.
+        command: what resumes the run, with --resume and its folder. advice: what to try where it diverges.
         log_interval: steps between logs of the loss.
         best_name: of a checkpoint of weights and B after the best epoch, if any.
         split: what the accuracies are of, "test" or "validation" images.
@@ -119,7 +120,8 @@ class Run:
         self.settings = {key: value for key, value in vars(args).items() if key not in not_kept}
         self.epochs, self.steps, self.epoch = args.epochs, data.steps_after(0), epoch
         self.done = epoch * self.steps
-        self.model, self.command, self.advice, self.best_name, self.split = model, command, advice, best_name, split
+        self.model, self.advice, self.best_name, self.split = model, advice, best_name, split
+        self.command = f"{command} --resume {shlex.quote(str(folder))}"
         self.log_interval = log_interval
         self.device = next(net.parameters()).device
         self.rows: list[dict[str, float | None]] = []
