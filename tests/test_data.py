@@ -283,13 +283,13 @@ def test_a_fetch_shows_its_bytes_and_ends_with_its_command(tmp_path, monkeypatch
 
     bars, data_bar = [], data.tqdm
     monkeypatch.setattr(data, "tqdm", note)
-    write = "import time; open('part', 'wb').write(bytes(700)); time.sleep(1)"
+    write = "import time; open('part', 'wb').write(bytes(700)); time.sleep(0.3)"
     data.run_showing_bytes([sys.executable, "-c", write], tmp_path, 1000, timeout_s=60)
     assert (bars[0].n, bars[0].total) == (700, 1000)
     with pytest.raises(subprocess.CalledProcessError):
         data.run_showing_bytes([sys.executable, "-c", "exit(3)"], tmp_path, 1000, timeout_s=60)
     with pytest.raises(subprocess.TimeoutExpired):
-        data.run_showing_bytes([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 1000, timeout_s=1)
+        data.run_showing_bytes([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 1000, timeout_s=0)
 
 
 def test_the_cifar_sets_have_names_for_their_classes(data_folder):

@@ -9,7 +9,7 @@ from variants import VARIANTS
 from training.checkpoint import load_checkpoint
 from training.launch import free_port
 
-WORLD, STEPS = 2, 20
+WORLD, STEPS = 2, 9
 
 
 @pytest.fixture(scope="module")

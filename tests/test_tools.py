@@ -1,7 +1,6 @@
 """The wrapper under other people's tools: checkpointing, hooks, copies, TorchScript, empty batches, ignored labels."""
 
 import copy
-import gc
 import weakref
 
 import pytest
@@ -73,6 +72,7 @@ def test_the_bare_net_is_checkpointed_as_if_there_were_no_wrapper(rule, options)
     assert_same_state_and_gradients(net.model, bare)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].chained])
 def test_a_reentrant_checkpoint_that_would_make_it_backpropagation_is_refused(rule):
     net = make(rule, {}, reentrant=True)
@@ -163,16 +163,15 @@ def test_a_copy_outlives_its_original_and_takes_its_own_hooks_along(rule, option
     net, twin = make(rule, options), make(rule, options)
     copied = copy.deepcopy(net)
     del net
-    gc.collect()
     for module in (copied, twin):
         F.cross_entropy(module(X, Y), Y).backward()
     assert_same_state_and_gradients(copied, twin)
     model = copied.model
     del copied
-    gc.collect()
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_torchscript_takes_the_net_that_is_unwrapped():
     net = DirectFeedback(ConvNet(10), ConvNet.points, "DKP", torch.zeros(1, 3, 32, 32), **IN_PLACE)
     x = torch.randn(2, 3, 32, 32)

@@ -144,6 +144,8 @@ def spawned(local_rank: int, args: Namespace, worker: Worker, first: int, world_
         status = join_and_work(args, worker, local_rank, first + local_rank, world_size, url)
     except KeyboardInterrupt:  # which torch would take for success
         status = 128 + signal.SIGINT
+        if local_rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
     if status != 0:
         sys.exit(status)
 
