@@ -2,7 +2,7 @@
 
 from feedback.alignment import alignment
 from feedback.checks import UPDATES
-from feedback.functional import direct_feedback
+from feedback.direct import direct_feedback
 from feedback.rules import RULES, Rule, learned_rules
 from feedback.wrapper import DirectFeedback
 

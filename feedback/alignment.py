@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedback.functional import direct_feedback
+from feedback.direct import direct_feedback
 from feedback.layout import as_rows
 from feedback.rules import RULES
 from feedback.state import untouched

@@ -85,12 +85,11 @@ def check_below(points: Sequence[str], activations: Sequence[Tensor], logits: Te
             raise ValueError(f"feedback point {point!r} returns the logits: expected a point below the last layer")
 
 
-def check_needs_no_feedback(layer: str, x: Tensor) -> None:
-    """Raise ValueError where the input of a layer without B needs a gradient."""
-    if x.requires_grad:
-        raise ValueError(
-            f"the input of layer {layer!r} needs a gradient, expected none as at construction: it has no B"
-        )
+def check_shapes(points: Sequence[str], activations: Sequence[Tensor], logits: Tensor) -> None:
+    """Raise ValueError unless the activation at each point is (N, ...), N as of the logits (N, K)."""
+    batch, classes = logits.shape
+    for point, h in zip(points, activations, strict=True):
+        check_point(h, h.new_empty(classes, *h.shape[1:]), batch, classes, f" {point!r}")
 
 
 def version(h: Tensor) -> int:

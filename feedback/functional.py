@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from feedback.checks import check_logits, check_point, check_target, refuse_float16, shape_of
+from feedback.checks import check_logits, check_point, refuse_float16, shape_of
 from feedback.layout import as_rows, from_rows, images_at_a_time, is_channels_last
 from feedback.rules import RULES
 
@@ -39,12 +39,13 @@ class FeedbackPoint(torch.autograd.Function):
         rule: str,
         inplace_lr: Tensor | None,
         inplace_weight_decay: Tensor | None,
+        group: Any,
         target: Tensor | None,
         h: Tensor,
         feedback: Tensor,
     ) -> Tensor:
         # as attributes: a checkpointed block runs again in the backward pass, and would save what is newest
-        ctx.rule, ctx.dtype, ctx.target, ctx.step = rule, h.dtype, target, (inplace_lr, inplace_weight_decay)
+        ctx.rule, ctx.dtype, ctx.target, ctx.step = rule, h.dtype, target, (inplace_lr, inplace_weight_decay, group)
         learns = feedback.requires_grad or inplace_lr is not None
         # `.data` skips autograd's version check: another backward pass may step B in place before this one runs
         saved = feedback if inplace_lr is None else feedback.data
@@ -55,12 +56,12 @@ class FeedbackPoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
         feedback, h = ctx.saved_tensors
-        rule, target, (inplace_lr, inplace_weight_decay) = RULES[ctx.rule], ctx.target, ctx.step
+        rule, target, (inplace_lr, inplace_weight_decay, group) = RULES[ctx.rule], ctx.target, ctx.step
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)
         error = error_NK.to(ctx.dtype)
         grad_h = grad_feedback = None
-        if rule.sent is not None and ctx.needs_input_grad[4]:
+        if rule.sent is not None and ctx.needs_input_grad[5]:
             sent_NK = rule.sent(error, None, feedback_KD, target)
             grad_h_ND = learning_signal(sent_NK, feedback_KD.to(ctx.dtype))
             grad_h = from_rows(grad_h_ND, feedback.shape[1:], channels_last)
@@ -69,12 +70,12 @@ class FeedbackPoint(torch.autograd.Function):
             correlated_NK = rule.correlated(error, h_ND, feedback_KD.to(ctx.dtype), target)
             if inplace_lr is not None:  # after the signal, which the old B gives
                 correlated_NK, h_ND = correlated_NK.to(feedback.dtype), h_ND.to(feedback.dtype)
-                step_in_place(feedback_KD, correlated_NK, h_ND, inplace_lr, inplace_weight_decay)
-            elif ctx.needs_input_grad[5]:
+                step_in_place(feedback_KD, correlated_NK, h_ND, inplace_lr, inplace_weight_decay, group)
+            elif ctx.needs_input_grad[6]:
                 new_KD = feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype)
                 grad_feedback_KD = add_correlation(new_KD, correlated_NK.to(ctx.dtype), h_ND).to(feedback.dtype)
                 grad_feedback = from_rows(grad_feedback_KD, feedback.shape[1:], channels_last)
-        return None, None, None, None, grad_h, grad_feedback
+        return None, None, None, None, None, grad_h, grad_feedback
 
 
 class Broadcast(torch.autograd.Function):
@@ -109,12 +110,14 @@ def add_correlation(out_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: float 
     return out_KD
 
 
-def step_in_place(feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
+def step_in_place(
+    feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: Tensor, group: Any
+) -> None:
     """B <- B - lr (e^T @ h + wd B) where B lies; with several ranks, e^T @ h is averaged over them first."""
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if ranks > 1:
         grad_feedback_KD = error_NK.T @ h_ND
-        dist.all_reduce(grad_feedback_KD)
+        dist.all_reduce(grad_feedback_KD, group=group)
         feedback_KD.mul_(1 - lr * weight_decay).sub_(grad_feedback_KD.mul_(lr / ranks))
     elif torch.compiler.is_compiling():  # lr stays a tensor: a new value must not recompile the net
         feedback_KD.mul_(1 - lr * weight_decay).sub_((lr * error_NK).T @ h_ND)
@@ -132,6 +135,7 @@ def feedback_point(
     target: Tensor | None = None,
     inplace_lr: Tensor | None = None,
     inplace_weight_decay: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Return a zero (N, K) for `broadcast_error`: in the backward pass it takes e to `h` and to B.
 
@@ -139,7 +143,7 @@ def feedback_point(
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
         name: of the point, for messages.
-        rule, inplace_lr, inplace_weight_decay: as in `direct_feedback`; the last two Tensors.
+        rule, inplace_lr, inplace_weight_decay, group: as in `direct_feedback`; the second and third Tensors.
         target: as in `direct_feedback`, and checked before.
 
     Raises:
@@ -160,7 +164,7 @@ def feedback_point(
             )
         if not h.requires_grad:  # of a frozen block: B learns all the same
             h = h.detach().requires_grad_()
-    return FeedbackPoint.apply(rule, inplace_lr, inplace_weight_decay, target, h, feedback)
+    return FeedbackPoint.apply(rule, inplace_lr, inplace_weight_decay, group, target, h, feedback)
 
 
 def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
@@ -178,57 +182,3 @@ def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
         if zero.shape != logits.shape:
             raise ValueError(f"feedback is for logits {shape_of(zero)}, got logits {shape_of(logits)}")
     return Broadcast.apply(logits, *zeros)
-
-
-def direct_feedback(
-    logits: Tensor,
-    activations: Sequence[Tensor],
-    matrices: Sequence[Tensor],
-    *,
-    rule: str = "DKP",
-    target: Tensor | None = None,
-    inplace_lr: float | Tensor | None = None,
-    inplace_weight_decay: float | Tensor = 0.0,
-) -> Tensor:
-    """Return `logits` unchanged; in the backward pass, route the error at them straight to each activation.
-
-    Direct Feedback Alignment (Nokland 2016) where the matrices are fixed; Direct Kolen-Pollack (Webster, Choi,
-    Ahn 2020) where they learn. The caller detaches what flows on from each activation to the next block;
-    `feedback.DirectFeedback` does that for any module.
-
-    Args:
-        logits: (N, K), the network's output before the loss.
-        activations: h_l, each (N, ...), still attached to its own block's graph.
-        matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient learns.
-        rule: a direct rule of `feedback.RULES`: it defines which error is multiplied by B for the signal, and which by
-            h for B's gradient.
-        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them; an image with -100, the `ignore_index` of
-            `F.cross_entropy`, is left out. Scaling the loss does not scale the terms that the rule computes from them.
-        inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
-            been computed from the old B, and no gradient of B exists. Every backward pass is one such step. Where
-            torch.distributed has a process group, e^T @ h is first averaged over its ranks. A number; pass a 0-d
-            CPU tensor to change it without recompiling.
-        inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD; likewise.
-
-    Raises:
-        ValueError: logits that are not a Tensor (N, K); an activation or a matrix of another shape; not as many
-            matrices as activations; a rule that is not direct; a matrix that is to learn by a rule whose B is fixed; a
-            target that is no (N,) class ids; a B that the update in place cannot write to; that update, or a rule that
-            needs the target, in float16.
-    """
-    check_logits(logits)
-    if len(activations) != len(matrices):
-        raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
-    for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
-        check_point(h, feedback, len(logits), logits.shape[1], f" {i}")
-    if rule in RULES and RULES[rule].needs_target:
-        check_target(target, *logits.shape)
-    lr = decay = None
-    if inplace_lr is not None:
-        lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (inplace_lr, inplace_weight_decay))
-        refuse_float16(logits)
-    zeros = [
-        feedback_point(h, feedback, rule=rule, target=target, inplace_lr=lr, inplace_weight_decay=decay)
-        for h, feedback in zip(activations, matrices, strict=True)
-    ]
-    return broadcast_error(logits, zeros)

@@ -82,6 +82,19 @@ def layer_feedback(layer: nn.Conv2d | nn.Linear, x: Tensor, out: Tensor, feedbac
     return LayerFeedbackFunction.apply(convolution, out.detach(), x, layer.weight, layer.bias, feedback)
 
 
+def fed_back(layer: nn.Conv2d | nn.Linear, name: str, x: Tensor, out: Tensor, feedback: Tensor | None) -> Tensor | None:
+    """What a layer's forward hook returns: `layer_feedback`, or None where the layer has no B.
+
+    Raises:
+        ValueError: it has no B, and its input needs a gradient.
+    """
+    if feedback is not None:
+        return layer_feedback(layer, x, out, feedback)
+    if x.requires_grad:
+        raise ValueError(f"the input of layer {name!r} needs a gradient, expected none as at construction: it has no B")
+    return None
+
+
 def convolution_of(layer: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """Stride, padding, dilation and groups of a convolution, in numbers.
 

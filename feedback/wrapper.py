@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from feedback import checks
 from feedback.checks import feedback_name, version
-from feedback.functional import broadcast_error, direct_feedback, feedback_point
-from feedback.layerwise import feedback_layers, layer_feedback
+from feedback.functional import broadcast_error, feedback_point
+from feedback.layerwise import fed_back, feedback_layers
 from feedback.layout import is_channels_last
 from feedback.rules import RULES
 from feedback.state import untouched
@@ -30,8 +30,8 @@ class _Pass(NamedTuple):
 class _Hooks:
     """The hooks on a model, and what they need. They do not hold the wrapper, so it is freed when it is dropped."""
 
-    def __init__(self, rule: str, lr: float | None, weight_decay: float | None) -> None:
-        self.rule, self.feedback = rule, nn.Module()
+    def __init__(self, rule: str, lr: float | None, weight_decay: float | None, group: Any) -> None:
+        self.rule, self.feedback, self.group = rule, nn.Module(), group
         self.lr = None if lr is None else torch.tensor(lr, dtype=torch.float64)
         self.weight_decay = torch.tensor(weight_decay or 0.0, dtype=torch.float64)
         self.under_way: _Pass | None = None
@@ -63,6 +63,7 @@ class _Hooks:
                     target=under_way.target,
                     inplace_lr=self.lr,
                     inplace_weight_decay=self.weight_decay,
+                    group=self.group,
                 )
             )
         return h.detach() if cut else None
@@ -74,11 +75,7 @@ class _Hooks:
         if under_way is None or not under_way.cut:
             return None
         x = inputs[0] if inputs else named["input"]
-        feedback = getattr(self.feedback, feedback_name(name), None)
-        if feedback is not None:
-            return layer_feedback(layer, x, out, feedback)
-        checks.check_needs_no_feedback(name, x)
-        return None
+        return fed_back(layer, name, x, out, getattr(self.feedback, feedback_name(name), None))
 
 
 class DirectFeedback(nn.Module):
@@ -110,6 +107,8 @@ class DirectFeedback(nn.Module):
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
         init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
+        group: the process group over which B in place is averaged; by default all ranks, if there are several.
+        classes: K, where the model is a stage of a net and returns no logits: see `feedback.pipeline`.
 
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
@@ -133,6 +132,8 @@ class DirectFeedback(nn.Module):
         feedback_lr: float | None = None,
         feedback_weight_decay: float | None = None,
         init: Callable[[Tensor], Any] | None = None,
+        group: Any = None,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         checks.check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
@@ -140,7 +141,7 @@ class DirectFeedback(nn.Module):
         self.points = tuple(points)
         self.rule = rule
         self.update = update
-        self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay)
+        self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay, group)
         self.feedback = hooks.feedback
         # partial of a bound method: a deep copy's hooks then belong to the copy
         hooks.handles += [
@@ -151,10 +152,12 @@ class DirectFeedback(nn.Module):
             with untouched(model), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
                 model.eval()
                 logits, activations = self.tapped_forward(example, cut=False)
+            if classes is None:
+                checks.check_below(self.points, activations, logits)
+            else:
+                logits = logits.new_empty(len(example), classes)
             checks.check_logits(logits)
-            checks.check_below(self.points, activations, logits)
-            # with empty matrices, for its checks of shapes
-            direct_feedback(logits, activations, [h.new_empty(logits.shape[-1], *h.shape[1:]) for h in activations])
+            checks.check_shapes(self.points, activations, logits)
             layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
             for name, needs_feedback in layers.items():
                 layer: Any = model.get_submodule(name)
@@ -233,16 +236,19 @@ class DirectFeedback(nn.Module):
             return self.model(x)
         if rule.layerwise:
             return self.tapped_forward(x, cut=True)[0]
-        if rule.needs_target:
-            if target is None:
-                raise ValueError(f"{rule.name} reads the labels: call net(x, target=y) in training, with y (N,) int64")
-            checks.check_target(target, len(x), len(self.matrices()[0]))
-        zeros: list[Tensor] = []
-        logits, _ = self._run(x, _Pass(cut=True, taps={}, zeros=zeros, target=target))
-        routed = broadcast_error(logits, zeros)
+        routed = broadcast_error(*self.forward_with_zeros(x, target))
         if self.update == "inplace":
             checks.refuse_float16(routed)
         return routed
+
+    def forward_with_zeros(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Return the model's output by a direct rule, and the zeros (N, K) whose gradient is to be e."""
+        if RULES[self.rule].needs_target:
+            if target is None:
+                raise ValueError(f"{self.rule} reads the labels: call net(x, target=y) in training, with y (N,) int64")
+            checks.check_target(target, len(x), len(self.matrices()[0]))
+        zeros: list[Tensor] = []
+        return self._run(x, _Pass(cut=True, taps={}, zeros=zeros, target=target))[0], zeros
 
     def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
         """Run the model; return its logits and each point's h_l.

@@ -1,0 +1,69 @@
+"""Direct feedback as a function of logits, activations and matrices: the wrapper without a wrapper.
+
+Shapes: N batch, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feedback.checks import check_logits, check_point, check_target, refuse_float16
+from feedback.functional import broadcast_error, feedback_point
+from feedback.rules import RULES
+
+
+def direct_feedback(
+    logits: Tensor,
+    activations: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    *,
+    rule: str = "DKP",
+    target: Tensor | None = None,
+    inplace_lr: float | Tensor | None = None,
+    inplace_weight_decay: float | Tensor = 0.0,
+    group: Any = None,
+) -> Tensor:
+    """Return `logits` unchanged; in the backward pass, route the error at them straight to each activation.
+
+    Direct Feedback Alignment (Nokland 2016) where the matrices are fixed; Direct Kolen-Pollack (Webster, Choi,
+    Ahn 2020) where they learn. The caller detaches what flows on from each activation to the next block;
+    `feedback.DirectFeedback` does that for any module.
+
+    Args:
+        logits: (N, K), the network's output before the loss.
+        activations: h_l, each (N, ...), still attached to its own block's graph.
+        matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient learns.
+        rule: a direct rule of `feedback.RULES`: it defines which error is multiplied by B for the signal, and which by
+            h for B's gradient.
+        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them; an image with -100, the `ignore_index` of
+            `F.cross_entropy`, is left out. Scaling the loss does not scale the terms that the rule computes from them.
+        inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
+            been computed from the old B, and no gradient of B exists. Every backward pass is one such step. A number;
+            pass a 0-d CPU tensor to change it without recompiling.
+        inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD; likewise.
+        group: the process group over which that step first averages e^T @ h; by default all ranks there are.
+
+    Raises:
+        ValueError: logits that are not a Tensor (N, K); an activation or a matrix of another shape; not as many
+            matrices as activations; a rule that is not direct; a matrix that is to learn by a rule whose B is fixed; a
+            target that is no (N,) class ids; a B that the update in place cannot write to; that update, or a rule that
+            needs the target, in float16.
+    """
+    check_logits(logits)
+    if len(activations) != len(matrices):
+        raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
+    for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
+        check_point(h, feedback, len(logits), logits.shape[1], f" {i}")
+    if rule in RULES and RULES[rule].needs_target:
+        check_target(target, *logits.shape)
+    lr = decay = None
+    if inplace_lr is not None:
+        lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (inplace_lr, inplace_weight_decay))
+        refuse_float16(logits)
+    zeros = [
+        feedback_point(h, feedback, rule=rule, target=target, inplace_lr=lr, inplace_weight_decay=decay, group=group)
+        for h, feedback in zip(activations, matrices, strict=True)
+    ]
+    return broadcast_error(logits, zeros)

@@ -1,0 +1,271 @@
+"""Direct feedback over several processes: each trains a stage of the net, and all go backward at once.
+
+Activations go down from stage to stage. Only the error e goes back, (N, K) numbers, from the last stage to all at once.
+The engine is torch.distributed: point-to-point calls for activations, a broadcast for e.
+
+Shapes: N images of a micro-batch, K classes.
+"""
+
+import contextlib
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feedback.layout import is_channels_last
+from feedback.rules import RULES
+from feedback.state import untouched
+from feedback.wrapper import DirectFeedback
+
+
+def parts_of(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
+    """Cut a model that calls its submodules one after the other behind each of `cuts`.
+
+    For any other model there is `torch.distributed.pipelining.pipeline`, whose stage modules `Pipeline` takes as well.
+
+    Args:
+        model: the result of each child is the input of the next, and nothing happens between them.
+        cuts: names of children, in their order.
+
+    Returns:
+        len(cuts) + 1 modules, with the model's own children under their names.
+
+    Raises:
+        ValueError: a cut that is no child, or is out of order, or behind which nothing is left.
+    """
+    children = list(model.named_children())
+    names = [name for name, _ in children]
+    for cut in cuts:
+        if cut not in names[:-1]:
+            raise ValueError(f"cut {cut!r} is not one of {names[:-1]}, behind which a model can be cut")
+    ends = [names.index(cut) + 1 for cut in cuts]
+    if sorted(set(ends)) != ends:
+        raise ValueError(f"cuts are {list(cuts)}, expected them in order: {names[:-1]}")
+    return [nn.Sequential(OrderedDict(children[a:b])) for a, b in itertools.pairwise([0, *ends, len(names)])]
+
+
+class Pipeline:
+    """This process's stage of a net, and its part in each step of the pipeline.
+
+    A step equals one process that runs the micro-batches through `DirectFeedback` one after the other and accumulates
+    their gradients: `step` leaves them in `.grad`, and each process steps its own optimisers. A stage goes on to the
+    next step's forward pass as soon as it has stepped; no stage waits for one above it but for e.
+
+    Args:
+        parts: of the whole net, one for each process, each mapping one Tensor to one; the last gives logits (N, K).
+            From `parts_of`, or the stage modules of `torch.distributed.pipelining.pipeline`.
+        points, rule, update, feedback_lr, feedback_weight_decay, init: as in `DirectFeedback`, for the whole net. Each
+            part needs a point, and all but the last part have nothing that learns behind their last point.
+        example: a batch for the whole net. It runs through all the parts, so that each process learns the shapes.
+        group: the processes, in the order of the stages; by default all.
+        replicas: the processes that train the same stage on other images and average its gradients; by default none.
+            `step` averages `.grad` over them, and in place B's steps.
+        autocast: the dtype to which the forward pass autocasts, if any.
+
+    Attributes:
+        net: this stage as a `DirectFeedback`. The keys of all stages' state dicts together are those of the whole net's
+            wrapper.
+        stage: its number, from 0. stages: how many there are.
+        trace: None, or a list to which each phase of a step adds its name and its start and end by `time.perf_counter`.
+
+    Raises:
+        ValueError: a chained rule; not as many parts as processes; a part without a point, or with a module behind its
+            last point that learns; and what `DirectFeedback` refuses.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        points: Sequence[str],
+        rule: str,
+        example: Tensor,
+        *,
+        update: str = "optimizer",
+        feedback_lr: float | None = None,
+        feedback_weight_decay: float | None = None,
+        init: Callable[[Tensor], Any] | None = None,
+        group: Any = None,
+        replicas: Any = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if rule in RULES and RULES[rule].chained:
+            raise ValueError(f"rule is {rule!r}, expected a direct one: for {rule} take torch.distributed.pipelining")
+        self.group = dist.group.WORLD if group is None else group
+        self.stage, self.stages = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if len(parts) != self.stages:
+            raise ValueError(f"got {len(parts)} parts of the net for {self.stages} processes, expected as many")
+        self.ranks = dist.get_process_group_ranks(self.group)
+        self.autocast, self.replicas = autocast, replicas
+        self.trace: list[tuple[str, float, float]] | None = None
+        own = [[point for point in points if has_submodule(part, point)] for part in parts]
+        for point in points:
+            if not any(point in names for names in own):
+                raise ValueError(f"feedback point {point!r} is in no part of the net")
+        for number, names in enumerate(own):
+            if not names:
+                raise ValueError(f"stage {number} has no feedback point, expected at least one of {list(points)}")
+
+        flows = [example]  # what each stage gets, and the logits
+        for part in parts:
+            with untouched(part), torch.no_grad(), self._autocast(example.device):
+                flows.append(part.eval()(flows[-1]))
+        self.received, self.sent = flows[self.stage : self.stage + 2]  # examples
+        step_group = replicas
+        if update == "inplace" and replicas is None:
+            step_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self.net = DirectFeedback(
+            parts[self.stage],
+            own[self.stage],
+            rule,
+            self.received.to(example.dtype),
+            update=update,
+            feedback_lr=feedback_lr,
+            feedback_weight_decay=feedback_weight_decay,
+            init=init,
+            group=step_group,
+            classes=None if self.last else flows[-1].shape[1],
+        )
+        self.logits = flows[-1]
+        with untouched(self.net), torch.enable_grad():
+            out, _ = self.net.eval().tapped_forward(self.received.to(example.dtype), cut=True)
+        if out.requires_grad and not self.last:
+            point = self.net.points[-1]
+            raise ValueError(f"stage {self.stage} has something that learns behind its last point {point!r}: cut there")
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the stage of the logits."""
+        return self.stage == self.stages - 1
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
+    def step(
+        self,
+        x: Tensor | None,
+        target: Tensor,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        micro_batches: int = 1,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Forward and backward of one batch, with the other stages.
+
+        Args:
+            x: the batch (N m, ...); only the first stage reads it.
+            target: (N m,) class ids, on every stage.
+            loss_fn: mean loss of logits (N, K) and their targets.
+            micro_batches: m, pieces of the batch, of sizes that differ by one at most.
+
+        Returns:
+            On the last stage the logits (N m, K) and the batch's mean loss, both detached. None on the others.
+
+        Raises:
+            ValueError: fewer images than micro-batches.
+        """
+        if len(target) < micro_batches:
+            raise ValueError(f"got {len(target)} images for {micro_batches} micro-batches, expected as many or more")
+        targets = target.tensor_split(micro_batches)
+        sizes = [len(piece) for piece in targets]
+        inputs = self._inputs(x, sizes)
+        errors: list[Tensor] = []
+        errors_due: list[Any] = []
+        if not self.last:
+            errors = [empty_of(self.logits, size) for size in sizes]
+            errors_due = [self._broadcast(error) for error in errors]
+        outputs, losses, sent = [], [], []
+        for number, (h, piece) in enumerate(zip(inputs, targets, strict=True)):
+            with self._phase("forward", number), self._autocast(piece.device):
+                out, zeros = self.net.forward_with_zeros(h, piece)
+                outputs.append((out, zeros))
+                if self.last:
+                    logits = out.detach().requires_grad_()
+                    loss = loss_fn(logits, piece) * (len(piece) / len(target))
+            if self.last:
+                errors += torch.autograd.grad(loss, logits)
+                errors_due.append(self._broadcast(errors[-1]))
+                losses.append(loss.detach())
+            else:
+                sent.append(self._send(out, number))
+        for number, ((out, zeros), error, due) in enumerate(zip(outputs, errors, errors_due, strict=True)):
+            with self._phase("wait", number):
+                due.wait()
+            with self._phase("backward", number):
+                roots = [root for root in ([*zeros, out] if self.last else zeros) if root.requires_grad]
+                torch.autograd.backward(roots, [error] * len(roots))
+        for work in sent:  # all have arrived: e came back for each
+            work.wait()
+        self._average_over_replicas()
+        if self.last:
+            return torch.cat([out.detach() for out, _ in outputs]), torch.stack(losses).sum()
+        return None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor | None, images: int) -> Tensor | None:
+        """The whole net's logits (images, K) on the last stage, None on the others; `x` is read by the first."""
+        (h,) = self._inputs(x, [images])
+        with self._autocast(self.received.device):
+            out = self.net.model(h)
+        if self.last:
+            return out
+        self._send(out, 0).wait()
+        return None
+
+    def _inputs(self, x: Tensor | None, sizes: list[int]) -> Iterator[Tensor]:
+        """This stage's input of each micro-batch, of as many images; those from another stage are asked for at once."""
+        if self.stage == 0:
+            if x is None:
+                raise ValueError("x is None, expected the batch on the first stage")
+            yield from x.tensor_split(len(sizes))
+            return
+        buffers = [empty_of(self.received, size) for size in sizes]
+        due: list[Any] = [
+            dist.irecv(in_memory_order(buffer, self.received), self.ranks[self.stage - 1], self.group, number)
+            for number, buffer in enumerate(buffers)
+        ]
+        for number, (buffer, work) in enumerate(zip(buffers, due, strict=True)):
+            with self._phase("wait", number):
+                work.wait()
+            yield buffer
+
+    def _send(self, out: Tensor, number: int) -> Any:
+        return dist.isend(in_memory_order(out, self.sent), self.ranks[self.stage + 1], self.group, number)
+
+    def _broadcast(self, error: Tensor) -> Any:
+        return dist.broadcast(error, self.ranks[-1], self.group, async_op=True)
+
+    def _average_over_replicas(self) -> None:
+        if self.replicas is not None:
+            grads = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=self.replicas)
+            flat /= dist.get_world_size(self.replicas)
+            for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(mean.view_as(grad))
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, number: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.trace is not None:
+            self.trace.append((f"{name} {number}", start, time.perf_counter()))
+
+
+def empty_of(example: Tensor, size: int) -> Tensor:
+    """An empty batch of `size` in the form of `example` (N, ...)."""
+    empty = example.new_empty(size, *example.shape[1:])
+    return empty.to(memory_format=torch.channels_last) if is_channels_last(example) else empty
+
+
+def in_memory_order(x: Tensor, example: Tensor) -> Tensor:
+    """`x` as a contiguous tensor whose memory is laid out as `example`'s is; a view where it has that layout."""
+    return (x.permute(0, 2, 3, 1) if is_channels_last(example) else x).contiguous()
+
+
+def has_submodule(module: nn.Module, name: str) -> bool:
+    """Whether `module` has a submodule of that name."""
+    return name in dict(module.named_modules())

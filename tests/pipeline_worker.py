@@ -1,0 +1,164 @@
+"""What each process of tests/test_pipeline.py runs; a module of its own, so that spawned processes can import it."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import SplitPoint, pipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from variants import VARIANTS
+
+from feedback import RULES, DirectFeedback
+from feedback.pipeline import Pipeline, parts_of
+
+DIRECT = {name: (rule, options) for name, (rule, options) in VARIANTS.items() if not RULES[rule].chained}
+POINTS = ("one", "two", "three")
+CUTS = {1: (), 2: ("two",), 3: ("one", "two")}
+BATCH, STEPS = 9, 2
+EXAMPLE = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """Three blocks and a last layer, one after the other, with something between the second and the third."""
+
+    def __init__(self, norm=True):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 4, 3), *[nn.BatchNorm2d(4)] * norm, nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(4, 5, 3), *[nn.BatchNorm2d(5)] * norm, nn.ReLU())
+        self.pool = nn.Sequential(nn.MaxPool2d(2), nn.Flatten())
+        self.three = nn.Sequential(nn.Linear(20, 7), nn.ReLU())
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.three(self.pool(self.two(self.one(x)))))
+
+
+def batch(step, images=BATCH, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(images, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(3, (images,), generator=generator)
+
+
+def whole(variant, norm=True, memory_format=torch.contiguous_format, autocast=None):
+    """The net in one process: in float64, or with `autocast` in float32."""
+    rule, options = DIRECT[variant]
+    torch.manual_seed(0)
+    dtype = torch.float64 if autocast is None else torch.float32
+    model = Net(norm).to(dtype=dtype, memory_format=memory_format)
+    return DirectFeedback(model, POINTS, rule, EXAMPLE.to(dtype=dtype, memory_format=memory_format), **options)
+
+
+def optimizers_of(net):
+    """SGD over the weights, and Adam over what of B learns by an optimiser."""
+    of_b = [B for B in net.feedback.parameters() if B.requires_grad]
+    return [
+        torch.optim.SGD(net.model.parameters(), 0.1, momentum=0.9),
+        *([torch.optim.Adam(of_b, 0.01)] if of_b else []),
+    ]
+
+
+def train_alone(net, micro_batches, images=BATCH, autocast=None):
+    """Accumulate micro-batches in one process; return the loss of each step."""
+    optimizers, losses = optimizers_of(net), []
+    for step in range(STEPS):
+        x, y = batch(step, images, next(net.parameters()).dtype)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses.append(torch.zeros((), dtype=torch.float64))
+        for xi, yi in zip(x.tensor_split(micro_batches), y.tensor_split(micro_batches), strict=True):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = F.cross_entropy(net(xi, yi), yi) * (len(yi) / len(y))
+            loss.backward()
+            losses[-1] += loss.detach()
+        for optimizer in optimizers:
+            optimizer.step()
+    return losses
+
+
+def train_stage(stage, micro_batches, share=slice(None), images=BATCH):
+    """The same through the pipeline; return the last stage's losses."""
+    optimizers, losses = optimizers_of(stage.net), []
+    for step in range(STEPS):
+        x, y = batch(step, images, next(stage.net.parameters()).dtype)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        result = stage.step(x[share] if stage.stage == 0 else None, y[share], micro_batches=micro_batches)
+        losses += [] if result is None else [result[1]]
+        for optimizer in optimizers:
+            optimizer.step()
+    return losses
+
+
+def parts(model, stages, splitter):
+    """The net in `stages` parts, by `parts_of` or by torch's own splitter."""
+    if not splitter:
+        return parts_of(model, CUTS[stages])
+    after = {"one": "two", "two": "three"}
+    spec = {after[cut]: SplitPoint.BEGINNING for cut in CUTS[stages]}
+    split = pipeline(model, (EXAMPLE,), split_spec=spec)
+    return [split.get_stage_module(number) for number in range(stages)]
+
+
+def stage_of(net, variant, stages, group, splitter=False, **options):
+    """This process's stage of a copy of `net`."""
+    rule, of_rule = DIRECT[variant]
+    dtype, memory_format = next(net.parameters()).dtype, options.pop("memory_format", torch.contiguous_format)
+    example = EXAMPLE.to(dtype=dtype, memory_format=memory_format)
+    stage = Pipeline(parts(net.model, stages, splitter), POINTS, rule, example, group=group, **of_rule, **options)
+    state = net.state_dict()
+    stage.net.load_state_dict({key: state[key] for key in stage.net.state_dict()})
+    return stage
+
+
+def together(stage, value):
+    """What each stage has, on every stage."""
+    values = [None] * stage.stages
+    dist.all_gather_object(values, value, stage.group)
+    return values
+
+
+def train_replicas(rank, folder):
+    """Two replicas of two stages, on half of each batch; without batch norms, which compare the images of a replica."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))
+    results = {}
+    for name in DIRECT:
+        stage = stage_of(
+            whole(name, norm=False), name, 2, mesh["stage"].get_group(), replicas=mesh["replica"].get_group()
+        )
+        train_stage(stage, 1, slice(0, 4) if rank < 2 else slice(4, 8), images=8)
+        states = together(stage, stage.net.state_dict())
+        results[name] = {key: value for state in states for key, value in state.items()}
+    torch.save(results, f"{folder}/replica-{rank}.pt")
+
+
+def run(rank, world, port, folder):
+    """Train every variant in 1 to `world` stages, by 1, 2 and 4 micro-batches; write what each stage was left with."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    groups = {stages: dist.new_group(list(range(stages))) for stages in range(1, world + 1)}
+    cases = [(name, stages, m, {}) for name in DIRECT for stages in CUTS for m in (1, 2, 4)]
+    cases += [(name, 3, 2, {"memory_format": torch.channels_last}) for name in DIRECT]
+    cases += [(name, 3, 2, {"autocast": torch.bfloat16}) for name in DIRECT]
+    cases += [("DKP-optimizer", 3, 2, {"splitter": True})]
+    results = {}
+    for name, stages, micro_batches, options in cases:
+        if rank < stages:
+            net = whole(name, **{key: value for key, value in options.items() if key != "splitter"})
+            stage = stage_of(net, name, stages, groups[stages], **options)
+            losses = train_stage(stage, micro_batches)
+            states = together(stage, stage.net.state_dict())
+            stage.net.eval()
+            logits = None
+            if not options.get("splitter"):  # torch's trace of a net has its training mode in it
+                logits = stage.forward(batch(99, dtype=next(net.parameters()).dtype)[0] if rank == 0 else None, BATCH)
+            merged = {key: value for state in states for key, value in state.items()}
+            if stage.last:
+                results[name, stages, micro_batches, *options] = {"state": merged, "logits": logits, "losses": losses}
+    torch.save(results, f"{folder}/{rank}.pt")
+    train_replicas(rank, folder)
+    dist.destroy_process_group()

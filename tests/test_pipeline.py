@@ -1,0 +1,105 @@
+"""Stages in several processes are one process that accumulates the same micro-batches."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from pipeline_worker import BATCH, CUTS, DIRECT, EXAMPLE, POINTS, Net, batch, run, train_alone, whole
+from torch import multiprocessing, nn
+
+from feedback import RULES
+from feedback.pipeline import Pipeline, parts_of
+from training.launch import free_port
+
+WORLD = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What four processes were left with."""
+    folder = tmp_path_factory.mktemp("stages")
+    multiprocessing.start_processes(run, (WORLD, free_port(), str(folder)), nprocs=WORLD, start_method="spawn")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """By (variant, stages, micro-batches, options): the state of all stages, logits in eval mode and losses."""
+    results = {}
+    for rank in range(WORLD):
+        results |= torch.load(folder / f"{rank}.pt", weights_only=False)
+    return results
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_stages_are_one_process_that_accumulates_micro_batches(trained, name):
+    """In 1, 2 and 3 stages, 1, 2 and 4 micro-batches, both memory formats, float64 and bfloat16."""
+    cases = {key: value for key, value in trained.items() if key[0] == name}
+    assert len(cases) >= 3 * len(CUTS) + 2
+    for (_, stages, micro_batches, *options), result in cases.items():
+        memory_format = torch.channels_last if "memory_format" in options else torch.contiguous_format
+        autocast = torch.bfloat16 if "autocast" in options else None
+        net = whole(name, memory_format=memory_format, autocast=autocast)
+        close = {"rtol": 1e-12, "atol": 1e-14} if autocast is None else {"rtol": 1e-5, "atol": 1e-6}
+        start = {key: value.clone() for key, value in net.state_dict().items()}
+        losses = train_alone(net, micro_batches, autocast=autocast)
+        what = (name, stages, micro_batches, *options)
+        assert result["state"].keys() == start.keys(), what
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(result["state"][key], value, **close, msg=f"{what} {key}")
+            assert torch.equal(value, start[key]) == (key.startswith("feedback") and net.rule in ("DFA", "DRTP")), key
+        torch.testing.assert_close(torch.stack(result["losses"]).double(), torch.stack(losses), **close)
+        if result["logits"] is not None:
+            net.load_state_dict(result["state"])
+            x, _ = batch(99, dtype=next(net.parameters()).dtype)
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                assert torch.equal(result["logits"], net.eval()(x)) and len(x) == BATCH
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_replicas_of_stages_are_one_process_with_all_the_images(folder, name):
+    """But by LAS and DRTP what is made of the labels is a mean over a replica's images: for equal shares the same."""
+    net = whole(name, norm=False)
+    train_alone(net, 1, images=8)
+    for rank in range(WORLD):
+        state = torch.load(folder / f"replica-{rank}.pt", weights_only=True)[name]
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(state[key], value, rtol=1e-12, atol=1e-14, msg=f"{rank} {key}")
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].chained])
+def test_chained_rules_are_sent_to_torchs_pipelines(alone, rule):
+    with pytest.raises(ValueError, match=r"for \w+ take torch\.distributed\.pipelining"):
+        Pipeline([Net().double()], POINTS, rule, EXAMPLE)
+
+
+def test_what_cannot_be_a_stage_is_refused(alone, monkeypatch):
+    net = Net().double()
+    with pytest.raises(ValueError, match="got 2 parts of the net for 1 processes"):
+        Pipeline(parts_of(net, ["two"]), POINTS, "DFA", EXAMPLE)
+    with pytest.raises(ValueError, match="'four' is in no part"):
+        Pipeline([net], (*POINTS, "four"), "DFA", EXAMPLE)
+    stage = Pipeline([net], POINTS, "DFA", EXAMPLE)
+    with pytest.raises(ValueError, match="got 3 images for 4 micro-batches"):
+        stage.step(*batch(0, 3), micro_batches=4)
+    with pytest.raises(ValueError, match="x is None, expected the batch on the first stage"):
+        stage.step(None, batch(0)[1])
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    with pytest.raises(ValueError, match="stage 1 has no feedback point"):
+        Pipeline(parts_of(net, ["three"]), POINTS, "DFA", EXAMPLE)
+    net.pool.append(nn.Linear(20, 20).double())
+    with pytest.raises(ValueError, match="stage 0 has something that learns behind its last point 'two'"):
+        Pipeline(parts_of(net, ["pool"]), POINTS, "DFA", EXAMPLE)
+
+
+@pytest.mark.parametrize("cuts", [("four",), ("head",), ("two", "one"), ("one", "one"), ("one.0",)])
+def test_cuts_that_are_none_are_refused(cuts):
+    with pytest.raises(ValueError, match=r"behind which a model can be cut|expected them in order"):
+        parts_of(Net(), cuts)
