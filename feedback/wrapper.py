@@ -27,23 +27,33 @@ class _Pass(NamedTuple):
     target: Tensor | None = None
 
 
+class _Handles(list[RemovableHandle]):
+    """Of the hooks on a model, which go with the last wrapper that has these handles."""
+
+    def take_off(self) -> None:
+        for handle in self:
+            handle.remove()
+
+    __del__ = take_off
+
+
 class _Hooks:
-    """The hooks on a model, and what they need. They do not hold the wrapper, so it is freed when it is dropped."""
+    """The hooks on a model, and what they need: not the wrapper, so that it is freed when it is dropped."""
 
     def __init__(self, rule: str, lr: float | None, weight_decay: float | None, group: Any) -> None:
         self.rule, self.feedback, self.group = rule, nn.Module(), group
         self.lr = None if lr is None else torch.tensor(lr, dtype=torch.float64)
         self.weight_decay = torch.tensor(weight_decay or 0.0, dtype=torch.float64)
         self.under_way: _Pass | None = None
-        self.last: _Pass | None = None  # without tensors of the model's
-        self.handles: list[RemovableHandle] = []
+        self.last: _Pass | None = None  # without its tensors but the target
 
     def current_pass(self) -> _Pass | None:
         """The pass under way. Where a checkpointed block runs again in the backward pass: one like the last."""
         if self.under_way is not None or torch.compiler.is_compiling():
             return self.under_way
         if torch._C._current_graph_task_id() < 0:  # not in a backward pass: the bare model is called
-            self.last = None
+            self.last = None if torch.is_grad_enabled() else self.last
+            return None
         return self.last and self.last._replace(taps={}, zeros=None if self.last.zeros is None else [])
 
     def tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
@@ -144,10 +154,8 @@ class DirectFeedback(nn.Module):
         self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay, group)
         self.feedback = hooks.feedback
         # partial of a bound method: a deep copy's hooks then belong to the copy
-        hooks.handles += [
-            model.get_submodule(point).register_forward_hook(functools.partial(hooks.tap, point))
-            for point in self.points
-        ]
+        taps = {point: functools.partial(hooks.tap, point) for point in self.points}
+        self._handles = _Handles(model.get_submodule(point).register_forward_hook(tap) for point, tap in taps.items())
         try:
             with untouched(model), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
                 model.eval()
@@ -162,7 +170,7 @@ class DirectFeedback(nn.Module):
             for name, needs_feedback in layers.items():
                 layer: Any = model.get_submodule(name)
                 replace = functools.partial(hooks.replace_backward, name)
-                hooks.handles.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
+                self._handles.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
                 if needs_feedback:
                     as_weight = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
                     self._add_feedback(name, len(layer.weight), layer.weight.detach(), init or as_weight)
@@ -197,13 +205,8 @@ class DirectFeedback(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """Take the wrapper off: remove its hooks and return the bare model. The wrapper is of no use afterwards."""
-        for handle in self._hooks.handles:
-            handle.remove()
+        self._handles.take_off()
         return self.model
-
-    def __del__(self) -> None:
-        if "_hooks" in self.__dict__:
-            self.unwrap()
 
     @property
     def feedback_lr(self) -> float | None:
@@ -260,7 +263,7 @@ class DirectFeedback(nn.Module):
 
     def _run(self, x: Tensor, under_way: _Pass) -> tuple[Tensor, list[Tensor]]:
         self._hooks.under_way = under_way
-        self._hooks.last = under_way._replace(taps={}, zeros=under_way.zeros and [])
+        self._hooks.last = under_way._replace(taps={}, zeros=None if under_way.zeros is None else [])
         try:
             logits = self.model(x)
         finally:

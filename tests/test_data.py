@@ -6,11 +6,13 @@ import importlib.util
 import io
 import json
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,6 +275,23 @@ def test_the_header_of_an_array_is_read_before_the_array(tmp_path):
             archive.writestr(f"{key}.npy", header.getvalue())
     with pytest.raises(ValueError, match=r"x_train is float64 \(90000, 3072\), expected uint8"):
         data.load_images("cifar10", tmp_path)
+
+
+def test_an_archive_in_the_data_folder_is_unpacked_without_a_network(tmp_path, cifar10_arrays, monkeypatch, offline):
+    write_torchvision_files(tmp_path, cifar10_arrays, monkeypatch)
+    extracted, archive = tmp_path / data.CIFAR["cifar10"].folder, tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(extracted, extracted.name)
+    shutil.rmtree(extracted)
+    dataset = data.import_torchvision().datasets.CIFAR10
+    monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(dataset, "_check_integrity", lambda self: (Path(self.root) / self.base_folder).exists())
+    monkeypatch.setattr(dataset, "train_list", [])
+    monkeypatch.setattr(dataset, "_load_meta", lambda self: None)
+    monkeypatch.setattr(np, "vstack", lambda arrays: np.zeros((0, 3072), np.uint8))
+    before = archive.read_bytes()
+    assert len(data.load_images("cifar10", tmp_path).x_train) == 40
+    assert archive.read_bytes() == before
 
 
 def test_a_fetch_shows_its_bytes_and_ends_with_its_command(tmp_path, monkeypatch):

@@ -519,7 +519,7 @@ def test_another_image_size_than_the_examples_is_refused():
         ((4, 3), [(4, 5)], [], "got 1 activations and 0 feedback matrices"),
         ((4, 3), [(4, 5)], [(5, 3)], r"feedback matrix 0 has shape \(5, 3\), expected \(3, 5\)"),
         ((4, 3), [(4, 5, 1)], [(3, 5)], r"feedback matrix 0 has shape \(3, 5\), expected \(3, 5, 1\)"),
-        ((4, 3), [(2, 5)], [(3, 5)], r"activation '1' has shape \(2, 5\), expected \(4, D, \.\.\.\)"),
+        ((4, 3), [(2, 5)], [(3, 5)], r"activation 0 has shape \(2, 5\), expected \(4, D, \.\.\.\)"),
     ],
 )
 def test_misuse_of_the_function_is_refused(logits, activations, matrices, message):

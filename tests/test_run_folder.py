@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shlex
@@ -16,9 +17,10 @@ import torch
 from helpers import assert_refused, checkpoint, held_by_another_process
 from tensorboard.compat.tensorflow_stub.io import gfile
 
+import main
 from training.checkpoint import NAMES
 from training.machine import REPOSITORY
-from training.run import write_config
+from training.run import DIVERGED, write_config
 from training.synthetic import synthetic_images
 
 
@@ -64,6 +66,21 @@ def test_of_two_runs_started_together_one_is_refused(script, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["seed"] == seed
 
 
+def test_a_resume_never_writes_over_what_another_process_has_done_meanwhile(run, tmp_path, capsys, monkeypatch):
+    assert run("--epochs", 1) == 0
+    load_images = main.load_images
+
+    def meanwhile(*args):
+        monkeypatch.setattr(main, "load_images", load_images)
+        assert run("--resume", tmp_path / "run", "--epochs", 3) == 0
+        return load_images(*args)
+
+    monkeypatch.setattr(main, "load_images", meanwhile)
+    late = ("--resume", tmp_path / "run", "--epochs", 2)
+    assert_refused(capsys, lambda: run(*late), "another process has trained it on in this moment: start once more")
+    assert checkpoint(tmp_path / "run")["epoch"] == 3
+
+
 # --- files that are not ours, or that somebody changed
 
 
@@ -83,13 +100,20 @@ def test_a_run_of_the_other_script_is_not_written_over(run, tmp_path, capsys):
     assert_refused(capsys, lambda: run("--dry-run"), "already holds a run")
 
 
+def test_a_run_without_a_lock_is_still_known_as_one(run, tmp_path, capsys):
+    assert run("--epochs", 1) == 0
+    (tmp_path / "run" / "run.lock").unlink()
+    assert_refused(capsys, lambda: run("--dry-run"), "already holds a run", "--resume")
+
+
 def test_what_a_killed_run_leaves_before_its_first_checkpoint_does_not_stand_in_the_way(run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").touch()
     (tmp_path / "run" / "config.json").write_text("{")
-    (tmp_path / "run" / "checkpoint.pt.123.partial").touch()
+    for name in ("checkpoint.pt.123.partial", "film.partial"):
+        (tmp_path / "run" / name).touch()
     assert run("--epochs", 1) == 0
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert [path.name for path in (tmp_path / "run").glob("*.partial")] == ["film.partial"]
 
 
 def edited(state):
@@ -154,6 +178,31 @@ def test_a_reader_that_goes_away_stops_nothing(script, tmp_path):
     process.stderr.close()
     assert process.wait(timeout=100) == 0
     assert checkpoint(tmp_path / "run")["epoch"] == 2
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_from_the_start_stops_nothing(script, tmp_path, closed):
+    number = ("stdin", "stdout", "stderr").index(closed)
+    process = script("--epochs", 1, "--out", tmp_path / "run", preexec_fn=lambda: os.close(number))
+    process.communicate(timeout=100)
+    assert process.returncode == 0 and checkpoint(tmp_path / "run")["epoch"] == 1
+
+
+def test_a_test_loss_that_is_not_finite_keeps_the_epoch_before(run, tmp_path, monkeypatch):
+    evaluate = main.evaluate
+
+    def not_finite(*args):
+        tested = evaluate(*args)
+        return tested | {"loss": math.nan} if len(calls) == 1 else calls.append(1) or tested
+
+    calls = []
+    monkeypatch.setattr(main, "evaluate", not_finite)
+    assert run("--epochs", 3) == DIVERGED
+    kept = checkpoint(tmp_path / "run")
+    assert (kept["epoch"], kept["ranks"][0]["tally"]["step"]) == (1, 0)
+    assert not list((tmp_path / "run").glob("*.before"))
+    monkeypatch.undo()
+    assert run("--resume", tmp_path / "run", "--lr", 1e-4) == 0
 
 
 def test_ctrl_c_while_torch_is_loaded_is_no_traceback(script, tmp_path):

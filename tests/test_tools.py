@@ -62,6 +62,34 @@ def test_a_checkpointed_block_learns_as_without_checkpointing(rule, options):
 
 
 @each()
+def test_a_test_between_the_two_passes_of_a_checkpointed_block_changes_nothing(rule, options):
+    plain, checkpointed = make(rule, options), make(rule, options, reentrant=False)
+    for net in (plain, checkpointed):
+        loss = F.cross_entropy(net(X, Y), Y)
+        with torch.no_grad():
+            net.eval()(X)
+        net.train()
+        loss.backward()
+    assert_same_state_and_gradients(plain, checkpointed)
+
+
+@each()
+def test_a_pass_that_is_dropped_leaves_nothing_in_memory(rule, options):
+    net, kept = make(rule, options), []
+
+    def pack(tensor):
+        copied = tensor.detach().clone()
+        kept.append(weakref.ref(copied))
+        return copied
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = net(X, Y)
+    assert any(reference() is not None for reference in kept)
+    del logits
+    assert not any(reference() is not None for reference in kept)
+
+
+@each()
 def test_the_bare_net_is_checkpointed_as_if_there_were_no_wrapper(rule, options):
     net, bare = make(rule, options, reentrant=False), Net(reentrant=False).double()
     F.cross_entropy(net(X, Y), Y).backward()
@@ -161,8 +189,13 @@ def test_a_wrapper_that_is_dropped_is_freed_with_its_hooks(rule, options):
 @each()
 def test_a_copy_outlives_its_original_and_takes_its_own_hooks_along(rule, options):
     net, twin = make(rule, options), make(rule, options)
-    copied = copy.deepcopy(net)
+    for module in (net, twin):
+        F.cross_entropy(module(X, Y), Y).backward()
+    copied, shallow = copy.deepcopy(net), copy.copy(net)
+    del shallow
+    F.cross_entropy(net(X, Y), Y).backward()
     del net
+    twin.zero_grad()
     for module in (copied, twin):
         F.cross_entropy(module(X, Y), Y).backward()
     assert_same_state_and_gradients(copied, twin)

@@ -58,10 +58,10 @@ def output(folder: Path) -> str:
 
 def kill_worker(agents: list[subprocess.Popen], rank: int) -> None:
     """Kill the worker of that rank."""
-    for agent in agents:
-        for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-            if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                os.kill(int(pid), signal.SIGKILL)
+    workers = [Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split() for agent in agents]
+    wanted = f"\0RANK={rank}\0".encode()
+    (pid,) = (pid for pids in workers for pid in pids if wanted in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(pid), signal.SIGKILL)
 
 
 def outcome(folder: Path, rendezvous: str, killed: int | None, late_s: tuple[int, int]) -> str:
@@ -84,6 +84,8 @@ def outcome(folder: Path, rendezvous: str, killed: int | None, late_s: tuple[int
     finally:
         for agent in agents:
             agent.terminate()
+        for agent in agents:
+            agent.wait(timeout=60)
     starts = len(re.findall("from epoch", output(folder)))
     if statuses != [0, 0]:
         return f"statuses {statuses}"

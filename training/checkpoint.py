@@ -61,6 +61,9 @@ def load_checkpoint(path: Path, model: str, content: dict[str, type] = CONTENT) 
     Raises:
         ValueError: there is no such file, it is not a whole checkpoint, it is of another net, or it lacks one of
             `content`; or its bytes are not those that were written (a zip file has the CRC-32 of each part).
+
+    Returns:
+        What is in it, and as "file" the file's `identity`.
     """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
@@ -68,7 +71,7 @@ def load_checkpoint(path: Path, model: str, content: dict[str, type] = CONTENT) 
         raise ValueError(f"{path} is not a checkpoint, or not a whole one")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            file, damaged = identity(path), archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged: its CRC-32 is another than when it was written")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -81,7 +84,13 @@ def load_checkpoint(path: Path, model: str, content: dict[str, type] = CONTENT) 
         raise ValueError(f"{path} holds a trained net alone: name its run's folder to go on with the training")
     if state["model"] != model:
         raise ValueError(f"{path} is of {state['model']}, expected {model}: take {SCRIPTS.get(state['model'])}")
-    return state
+    return state | {"file": file}
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Another for each checkpoint that was ever written to `path`."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def load_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -91,8 +100,8 @@ def load_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         ValueError: they do not fit.
     """
     prefix = "model."
-    net = {key.removeprefix(prefix): value for key, value in checkpoint["net"].items() if key.startswith(prefix)}
     try:
+        net = {key.removeprefix(prefix): value for key, value in checkpoint["net"].items() if key.startswith(prefix)}
         model.load_state_dict(net | mean_buffers([rank["buffers"] for rank in checkpoint.get("ranks", ())]))
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint does not fit: {error}") from error

@@ -4,9 +4,11 @@ Scripts import it first, so that Ctrl-C while torch is loaded is a line, too.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -19,12 +21,12 @@ class Lasting:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -32,8 +34,9 @@ class Lasting:
 
 
 def outlast_the_terminal() -> None:
-    """Let this process's standard output and error be `Lasting`."""
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
+    """Let this process's standard output and error be `Lasting`; one that was closed at the start goes nowhere."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Lasting(getattr(sys, name) or io.StringIO()))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -44,12 +47,14 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             print("interrupted", file=sys.stderr, flush=True)
+            sys.stdout.flush()
             os._exit(128 + number)
         frame = frame.f_back
     raise KeyboardInterrupt
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+in_main_thread = threading.current_thread() is threading.main_thread()
+if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupt)
 
 

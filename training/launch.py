@@ -187,8 +187,10 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
         watchdog.cancel()
     try:
         status = worker(args, device, tries > 1)
+    except SystemExit as error:  # of a parser's error
+        status = error.code if isinstance(error.code, int) else 1
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if "gloo" not in str(error) and not isinstance(error, dist.DistNetworkError):
             raise
         time.sleep(LET_OTHERS_SPEAK_S)
         why = str(error).splitlines()[0]
@@ -203,8 +205,8 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> i
     """Wait until every rank is there; return how often torchrun has tried to start the job, this time included.
 
     torchrun's agents keep a store over all tries, with the addresses of processes that are gone, and each counts its
-    own restarts, some of which the others do not see. So rank 0 counts, and tells the number to each process under the
-    name that it has just made up and left. Rank 0 waits until all say that they know it.
+    own restarts alone. So rank 0 counts. Every other process leaves a new name in the store and waits for the number
+    under it: no answer from an earlier try can be there. Rank 0 answers until all have said that they have read it.
     """
     while isinstance(store, dist.PrefixStore):  # torch 2.6 has each agent's own count in it
         store = store.underlying_store
@@ -215,7 +217,9 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> i
         tries = int(store.get(f"tries{name}"))
         store.set(f"try{tries}rank{rank}", "here")
         return tries
-    tries, deadline = store.add("tries", 1), time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
+    # with a store for each try, the agent's count is what there is
+    tries = max(store.add("tries", 1), 1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     while not store.check([f"try{tries}rank{other}" for other in range(1, world_size)]):
         for other in range(1, world_size):
             if store.check([f"name{other}"]):

@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from feedback import DirectFeedback
 from training.batches import Batches, Data
-from training.checkpoint import NAMES, mean_buffers, rng_state, save_checkpoint, set_rng_state
+from training.checkpoint import NAMES, identity, mean_buffers, rng_state, save_checkpoint, set_rng_state
 from training.distributed import barrier, gather, rank, sum_over_ranks, world_size
 from training.files import locked, replaced
 from training.image_files import ImageFileError
@@ -38,7 +39,7 @@ from training.machine import git_revision, hardware, version
 DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
 DIVERGED = 3  # exit status of a run whose loss diverged or is not finite
 COUNTS = ("step", "seen", "images", "correct")  # of `new_tally`, whole numbers
-WRITTEN = ("config.json", "metrics.csv", "model.pt", *NAMES.values())  # what a run leaves in its folder
+WRITTEN = ("config.json", "metrics.csv", "model.pt", "model_best.pth.tar", *NAMES.values())  # by a run in its folder
 RECENT_STEPS, TIMES_GUESSING = 20, 10  # see `Run.check_convergence`
 
 
@@ -134,6 +135,8 @@ class Run:
         self._writer: SummaryWriter | None = None
         self._bar = tqdm(disable=True)
         self._held = contextlib.ExitStack()
+        self._trained = False  # whether a step was taken since the last test
+        self._before = folder / f"{NAMES[model]}.before"  # the checkpoint of before the epoch that is being tested
 
     @property
     def step(self) -> int:
@@ -152,6 +155,8 @@ class Run:
         try:
             if rank() == 0:
                 self._held.enter_context(claimed(self.folder, new=checkpoint is None))
+                if checkpoint is not None and checkpoint["file"] != identity(Path(args["resume"])):
+                    raise ValueError("another process has trained it on in this moment: start once more")
             if checkpoint is not None:
                 self._restore(checkpoint)
             if rank() == 0:
@@ -170,7 +175,7 @@ class Run:
     def __enter__(self) -> "Run":
         for number in stop_signals():
             self._handlers[number] = signal.signal(number, self._note_signal)
-        threading.excepthook = pass_over_full_disk
+        self._thread_hook, threading.excepthook = threading.excepthook, self._pass_over_writer
         try:
             self.save()
             if rank() == 0:
@@ -194,7 +199,12 @@ class Run:
                     self._writer.close()
         finally:
             self._restore_handlers()
-            threading.excepthook = threading.__excepthook__
+            threading.excepthook = self._thread_hook
+
+    def _pass_over_writer(self, args: threading.ExceptHookArgs) -> None:
+        """A threading.excepthook: TensorBoard's thread that cannot write says so here, and again at the next event."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            self._thread_hook(args)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -254,7 +264,7 @@ class Run:
             DivergedError: as `check_convergence` does.
             StoppedError: a signal came before the step, on any rank.
         """
-        tally = self.tally
+        tally, self._trained = self.tally, True
         tally["step"] += 1
         self.done += 1
         tally["seen"] += self._together
@@ -274,7 +284,9 @@ class Run:
             self._stop()
 
     def test_batches(self) -> Batches:
-        """This rank's share of the test images. The epoch is saved first: whatever comes meanwhile, it is not lost.
+        """This rank's share of the test images. The epoch is saved first: a kill while testing loses nothing.
+
+        The checkpoint of before stays beside it until the test has been found sound.
 
         Raises:
             DivergedError: as `check_soundness` does.
@@ -282,7 +294,12 @@ class Run:
             ReadError: an image cannot be read; on this rank alone.
         """
         self.check_soundness()
-        self.save()
+        if self._trained:  # not a resumed run that was saved here
+            if rank() == 0:
+                with contextlib.suppress(OSError):  # a file system without hard links
+                    self._before.unlink(missing_ok=True)
+                    os.link(self.folder / NAMES[self.model], self._before)
+            self.save()
         with self._reading():
             batches = self.data.test()
             more = 1.0
@@ -353,6 +370,9 @@ class Run:
                     if value is not None:
                         self._writer.add_scalar(f"epoch/{key}", value, self.done)
         self.save()
+        self._trained = False
+        if rank() == 0:
+            self._before.unlink(missing_ok=True)
 
     def save_model(self) -> None:
         """Write the bare net's state dict to model.pt, from rank 0.
@@ -405,6 +425,7 @@ class Run:
         if rank() == 0:
             with contextlib.suppress(OSError):
                 (self.folder / DIVERGED_MARK).touch()
+                os.replace(self._before, self.folder / NAMES[self.model])
         return DivergedError(f"{what}. The last good state is in {self.folder}: {self.advice}")
 
     # --- checkpoints
@@ -477,12 +498,6 @@ class Run:
             raise WriteError(f"cannot write to {self.folder}: {error}") from error
 
 
-def pass_over_full_disk(args: threading.ExceptHookArgs) -> None:
-    """A threading.excepthook: TensorBoard's thread that cannot write says so to `Run` at the next event."""
-    if not issubclass(args.exc_type, OSError):
-        threading.__excepthook__(args)
-
-
 def new_tally() -> dict[str, Any]:
     """An epoch's sums so far. Of all ranks: steps, images seen, seconds; of this rank: images, loss, right ones."""
     return {"step": 0, "seen": 0, "seconds": 0.0, "images": 0, "loss": 0.0, "correct": 0}
@@ -503,7 +518,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def check_counters(checkpoint: dict[str, Any]) -> None:
-    """Raise ValueError where a number in a checkpoint is none, or is below 0."""
+    """Raise ValueError where a number in a checkpoint is none, or a count is below 0."""
 
     def number(value: Any, kinds: type | tuple[type, ...] = (int, float)) -> bool:
         return isinstance(value, kinds) and not isinstance(value, bool)
@@ -520,6 +535,11 @@ def check_counters(checkpoint: dict[str, Any]) -> None:
         raise ValueError("its epochs, steps, sums or rows are not the numbers that a run counts")
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there is a checkpoint of either script."""
+    return any((folder / name).exists() for name in NAMES.values())
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, new: bool) -> Iterator[None]:
     """Hold the folder of a run, a `new` one or one to go on with, against other processes.
@@ -530,15 +550,16 @@ def claimed(folder: Path, new: bool) -> Iterator[None]:
     """
     lock = folder / "run.lock"
     strange = [name for name in WRITTEN if (folder / name).exists()]
-    if new and strange and not lock.exists():
+    if new and strange and not lock.exists() and not holds_run(folder):
         raise ValueError(f"it holds {strange[0]}, but no run of these scripts: name another --out")
     with locked(lock) as free:
         if not free:
             raise ValueError("another process is training there")
-        if new and any((folder / name).exists() for name in NAMES.values()):
+        if new and holds_run(folder):
             raise ValueError(f"it already holds a run: continue it with --resume {folder}, or name another --out")
-        for partial in folder.glob("*.partial"):  # of a process that was killed while it wrote
-            partial.unlink()
+        for name in WRITTEN:
+            for partial in folder.glob(f"{name}.*.partial"):  # of a process that was killed while it wrote
+                partial.unlink()
         if new:
             (folder / "config.json").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         yield
