@@ -123,8 +123,9 @@ def together(stage, value):
     return values
 
 
-def train_replicas(rank, folder):
+def run_replicas(rank, world, port, folder):
     """Two replicas of two stages, on half of each batch; without batch norms, which compare the images of a replica."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))
     results = {}
     for name in DIRECT:
@@ -134,7 +135,8 @@ def train_replicas(rank, folder):
         train_stage(stage, 1, slice(0, 4) if rank < 2 else slice(4, 8), images=8)
         states = together(stage, stage.net.state_dict())
         results[name] = {key: value for state in states for key, value in state.items()}
-    torch.save(results, f"{folder}/replica-{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def run(rank, world, port, folder):
@@ -160,5 +162,4 @@ def run(rank, world, port, folder):
             if stage.last:
                 results[name, stages, micro_batches, *options] = {"state": merged, "logits": logits, "losses": losses}
     torch.save(results, f"{folder}/{rank}.pt")
-    train_replicas(rank, folder)
     dist.destroy_process_group()

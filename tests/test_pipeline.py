@@ -3,31 +3,27 @@
 import pytest
 import torch
 import torch.distributed as dist
-from pipeline_worker import BATCH, CUTS, DIRECT, EXAMPLE, POINTS, Net, batch, run, train_alone, whole
+from pipeline_worker import BATCH, CUTS, DIRECT, EXAMPLE, POINTS, Net, batch, run, run_replicas, train_alone, whole
 from torch import multiprocessing, nn
 
 from feedback import RULES
 from feedback.pipeline import Pipeline, parts_of
 from training.launch import free_port
 
-WORLD = 4
+WORLD = max(CUTS)
+
+
+def spawn(work, world, folder):
+    """Let `world` processes work; return what each has written, by rank."""
+    multiprocessing.start_processes(work, (world, free_port(), str(folder)), nprocs=world, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What four processes were left with."""
-    folder = tmp_path_factory.mktemp("stages")
-    multiprocessing.start_processes(run, (WORLD, free_port(), str(folder)), nprocs=WORLD, start_method="spawn")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(folder):
+def trained(tmp_path_factory):
     """By (variant, stages, micro-batches, options): the state of all stages, logits in eval mode and losses."""
-    results = {}
-    for rank in range(WORLD):
-        results |= torch.load(folder / f"{rank}.pt", weights_only=False)
-    return results
+    results = spawn(run, WORLD, tmp_path_factory.mktemp("stages"))
+    return {key: value for result in results for key, value in result.items()}
 
 
 @pytest.mark.parametrize("name", DIRECT)
@@ -55,15 +51,16 @@ def test_stages_are_one_process_that_accumulates_micro_batches(trained, name):
                 assert torch.equal(result["logits"], net.eval()(x)) and len(x) == BATCH
 
 
-@pytest.mark.parametrize("name", DIRECT)
-def test_replicas_of_stages_are_one_process_with_all_the_images(folder, name):
-    """But by LAS and DRTP what is made of the labels is a mean over a replica's images: for equal shares the same."""
-    net = whole(name, norm=False)
-    train_alone(net, 1, images=8)
-    for rank in range(WORLD):
-        state = torch.load(folder / f"replica-{rank}.pt", weights_only=True)[name]
-        for key, value in net.state_dict().items():
-            torch.testing.assert_close(state[key], value, rtol=1e-12, atol=1e-14, msg=f"{rank} {key}")
+@pytest.mark.slow
+def test_replicas_of_stages_are_one_process_with_all_the_images(tmp_path):
+    """By LAS and DRTP, too: what is made of the labels is a mean over a replica's images, and all have as many."""
+    results = spawn(run_replicas, 4, tmp_path)
+    for name in DIRECT:
+        net = whole(name, norm=False)
+        train_alone(net, 1, images=8)
+        for rank, states in enumerate(results):
+            for key, value in net.state_dict().items():
+                torch.testing.assert_close(states[name][key], value, rtol=1e-12, atol=1e-14, msg=f"{name} {rank} {key}")
 
 
 @pytest.fixture
