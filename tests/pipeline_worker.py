@@ -139,14 +139,16 @@ def run_replicas(rank, world, port, folder):
     dist.destroy_process_group()
 
 
-def run(rank, world, port, folder):
-    """Train every variant in 1 to `world` stages, by 1, 2 and 4 micro-batches; write what each stage was left with."""
+CASES = [(name, stages, m, {}) for name in DIRECT for stages in CUTS for m in (1, 2, 4)]
+CASES += [(name, 3, 2, {"memory_format": torch.channels_last}) for name in DIRECT]
+CASES += [(name, 3, 2, {"autocast": torch.bfloat16}) for name in DIRECT]
+SPLIT_BY_TORCH = [(name, 3, 2, {"splitter": True}) for name in DIRECT]
+
+
+def run(rank, world, port, folder, cases):
+    """Train each case (variant, stages, micro-batches, options); write what each stage was left with."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     groups = {stages: dist.new_group(list(range(stages))) for stages in range(1, world + 1)}
-    cases = [(name, stages, m, {}) for name in DIRECT for stages in CUTS for m in (1, 2, 4)]
-    cases += [(name, 3, 2, {"memory_format": torch.channels_last}) for name in DIRECT]
-    cases += [(name, 3, 2, {"autocast": torch.bfloat16}) for name in DIRECT]
-    cases += [("DKP-optimizer", 3, 2, {"splitter": True})]
     results = {}
     for name, stages, micro_batches, options in cases:
         if rank < stages:

@@ -3,7 +3,21 @@
 import pytest
 import torch
 import torch.distributed as dist
-from pipeline_worker import BATCH, CUTS, DIRECT, EXAMPLE, POINTS, Net, batch, run, run_replicas, train_alone, whole
+from pipeline_worker import (
+    BATCH,
+    CASES,
+    CUTS,
+    DIRECT,
+    EXAMPLE,
+    POINTS,
+    SPLIT_BY_TORCH,
+    Net,
+    batch,
+    run,
+    run_replicas,
+    train_alone,
+    whole,
+)
 from torch import multiprocessing, nn
 
 from feedback import RULES
@@ -13,16 +27,16 @@ from training.launch import free_port
 WORLD = max(CUTS)
 
 
-def spawn(work, world, folder):
+def spawn(work, world, folder, *args):
     """Let `world` processes work; return what each has written, by rank."""
-    multiprocessing.start_processes(work, (world, free_port(), str(folder)), nprocs=world, start_method="spawn")
+    multiprocessing.start_processes(work, (world, free_port(), str(folder), *args), nprocs=world, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """By (variant, stages, micro-batches, options): the state of all stages, logits in eval mode and losses."""
-    results = spawn(run, WORLD, tmp_path_factory.mktemp("stages"))
+    results = spawn(run, WORLD, tmp_path_factory.mktemp("stages"), CASES)
     return {key: value for result in results for key, value in result.items()}
 
 
@@ -30,8 +44,19 @@ def trained(tmp_path_factory):
 def test_stages_are_one_process_that_accumulates_micro_batches(trained, name):
     """In 1, 2 and 3 stages, 1, 2 and 4 micro-batches, both memory formats, float64 and bfloat16."""
     cases = {key: value for key, value in trained.items() if key[0] == name}
-    assert len(cases) >= 3 * len(CUTS) + 2
-    for (_, stages, micro_batches, *options), result in cases.items():
+    assert len(cases) == 3 * len(CUTS) + 2
+    assert_equal_one_process(cases)
+
+
+@pytest.mark.slow
+def test_stages_that_torchs_splitter_has_cut_are_one_process(tmp_path):
+    results = spawn(run, WORLD, tmp_path, SPLIT_BY_TORCH)
+    assert len(results[-1]) == len(DIRECT)
+    assert_equal_one_process(results[-1])
+
+
+def assert_equal_one_process(cases):
+    for (name, stages, micro_batches, *options), result in cases.items():
         memory_format = torch.channels_last if "memory_format" in options else torch.contiguous_format
         autocast = torch.bfloat16 if "autocast" in options else None
         net = whole(name, memory_format=memory_format, autocast=autocast)
