@@ -23,6 +23,8 @@ from feedback.rules import RULES
 from feedback.state import untouched
 from feedback.wrapper import DirectFeedback
 
+COST_TRIES = 3  # the cheapest counts
+
 
 def parts_of(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
     """Cut a model that calls its submodules one after the other behind each of `cuts`.
@@ -48,6 +50,57 @@ def parts_of(model: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
     if sorted(set(ends)) != ends:
         raise ValueError(f"cuts are {list(cuts)}, expected them in order: {names[:-1]}")
     return [nn.Sequential(OrderedDict(children[a:b])) for a, b in itertools.pairwise([0, *ends, len(names)])]
+
+
+def costs_of(model: nn.Module, example: Tensor, chained: bool = False) -> dict[str, float]:
+    """Time each child of a model that calls them one after the other: seconds of forward and backward pass.
+
+    Args:
+        model: as in `parts_of`.
+        example: a batch of the size of the real ones. The model's state is left as it was.
+        chained: whether the gradient of a child's input is counted, as in backpropagation.
+    """
+    costs: dict[str, float] = {}
+    with untouched(model):
+        for name, child in model.train().named_children():
+            times = []
+            for _ in range(COST_TRIES):
+                x = example.detach().requires_grad_(chained and bool(costs))
+                start = now(x.device)
+                out = child(x)
+                if out.requires_grad:
+                    learned = [p for p in child.parameters() if p.requires_grad]
+                    torch.autograd.grad(out, [*learned, *([x] if x.requires_grad else [])], torch.ones_like(out))
+                times.append(now(x.device) - start)
+            costs[name], example = min(times), out
+    return costs
+
+
+def balanced_cuts(costs: dict[str, float], points: Sequence[str], stages: int) -> list[str]:
+    """Choose the cuts for `parts_of` with which the dearest stage is cheapest, and each stage has a point.
+
+    Args:
+        costs: of each child in order, from `costs_of` or stated.
+        points: names of children, or of submodules in them.
+        stages: how many parts there are to be.
+
+    Raises:
+        ValueError: more stages than children with points.
+    """
+    names = list(costs)
+    tops = {point.partition(".")[0] for point in points}
+
+    def dearest(cuts: tuple[str, ...]) -> float:
+        bounds = [0, *(names.index(cut) + 1 for cut in cuts), len(names)]
+        stretches = [names[a:b] for a, b in itertools.pairwise(bounds)]
+        if not all(tops & set(stretch) for stretch in stretches):
+            return float("inf")
+        return max(sum(costs[name] for name in stretch) for stretch in stretches)
+
+    best = min(itertools.combinations(names[:-1], stages - 1), key=dearest, default=())
+    if len(best) != stages - 1 or dearest(best) == float("inf"):
+        raise ValueError(f"cannot cut {len(tops)} blocks with a feedback point into {stages} stages")
+    return list(best)
 
 
 class Pipeline:
@@ -264,6 +317,13 @@ def empty_of(example: Tensor, size: int) -> Tensor:
 def in_memory_order(x: Tensor, example: Tensor) -> Tensor:
     """`x` as a contiguous tensor whose memory is laid out as `example`'s is; a view where it has that layout."""
     return (x.permute(0, 2, 3, 1) if is_channels_last(example) else x).contiguous()
+
+
+def now(device: torch.device) -> float:
+    """Seconds by `time.perf_counter`, after all that `device` has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def has_submodule(module: nn.Module, name: str) -> bool:

@@ -2,7 +2,8 @@
 
 from models.alexnet import AlexNet
 from models.convnet import ConvNet
+from models.vgg import VGG
 
 Net = ConvNet | AlexNet
 
-__all__ = ["AlexNet", "ConvNet", "Net"]
+__all__ = ["VGG", "AlexNet", "ConvNet", "Net"]
