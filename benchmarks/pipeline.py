@@ -142,7 +142,7 @@ def chained_way(name: str, part: nn.Module, micro_batches: int, x: Tensor, y: Te
 
     def step() -> None:
         inputs = [x] if stage.is_first else []
-        schedule.step(*inputs, **({"target": y} if stage.is_last else {}))
+        schedule.step(*inputs, target=y if stage.is_last else None)
 
     return Way(with_update(step, optimizers_of(part), busy), busy, sent)
 
@@ -271,7 +271,7 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> list[
             samples[key].append(timed(ways[key], STEPS, device))
             pictures[key] = list(ways[key].busy)
             bar.update()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (way_name, m), mine in samples.items():
         everyone: list[Any] = [None] * dist.get_world_size()
         pictured = pictures[way_name, m] if way_name in PICTURED and m == PICTURED_BY else []
@@ -279,7 +279,12 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> list[
         seconds = [sample[0] for sample in everyone[0][0]]
         idle = [statistics.median(sample[1] for sample in theirs) for theirs, _ in everyone]
         sent = [theirs[0][2] for theirs, _ in everyone]
-        row = {"net": case.title, "variant": way_name, "micro_batches": m, "ms": [1e3 * q for q in quartiles(seconds)]}
+        row: dict[str, Any] = {
+            "net": case.title,
+            "variant": way_name,
+            "micro_batches": m,
+            "ms": [1e3 * q for q in quartiles(seconds)],
+        }
         row |= {"idle": idle, "sent_bytes": sent, "seconds": seconds}
         rows.append(row | ({"timeline": [picture for _, picture in everyone]} if pictured else {}))
     base = {row["micro_batches"]: row["seconds"] for row in rows if row["variant"] == BASE}
