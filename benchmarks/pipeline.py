@@ -52,6 +52,7 @@ DIRECT: dict[str, dict[str, Any]] = {
     "DKP inplace": {"rule": "DKP", "update": "inplace", "feedback_lr": 5e-3, "feedback_weight_decay": 1e-6},
     "LAS": {"rule": "LAS"},
 }
+PHASES = ("forward", "backward", "update")
 BASE, PICTURED, PICTURED_BY = "BP GPipe", ("BP GPipe", "DKP optimizer"), 4  # what a timeline is drawn of; micro-batches
 Busy = list[tuple[str, float, float]]  # what a stage did, from when to when
 
@@ -196,7 +197,7 @@ def ddp_way(model: nn.Module, x: Tensor, y: Tensor) -> Way:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # the gradients lie in DDP's buckets
 
-    return Way(noted(whole, "step", busy), busy, sent)
+    return Way(whole, busy, sent)
 
 
 def agreed_cuts(case: Case, x: Tensor, chained: bool) -> list[str]:
@@ -234,8 +235,8 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def timed(way: Way, steps: int, device: torch.device) -> tuple[float, float, int]:
-    """Seconds of a step, the share of it in which this stage waits, and the bytes it sends."""
+def timed(way: Way, steps: int, device: torch.device) -> tuple[float, dict[str, float], int]:
+    """Seconds of a step, those of them in which this stage does what, and the bytes it sends."""
     way.busy.clear()
     before = way.sent[0]
     dist.barrier()
@@ -246,8 +247,11 @@ def timed(way: Way, steps: int, device: torch.device) -> tuple[float, float, int
         torch.cuda.synchronize(device)
     dist.barrier()
     seconds = time.perf_counter() - start
-    working = sum(b - a for name, a, b in way.busy if not name.startswith("wait"))
-    return seconds / steps, 1 - working / seconds, (way.sent[0] - before) // steps
+    work: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+    for name, a, b in way.busy:
+        if name.partition(" ")[0] in work:
+            work[name.partition(" ")[0]] += (b - a) / steps
+    return seconds / steps, work, (way.sent[0] - before) // steps
 
 
 def measure(case: Case, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -259,7 +263,7 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> list[
     ways = ways_of(case, x, y, micro_batches)
     for way in ways.values():
         timed(way, WARM_UP, device)
-    samples: dict[tuple[str, int], list[tuple[float, float, int]]] = {key: [] for key in ways}
+    samples: dict[tuple[str, int], list[tuple[float, dict[str, float], int]]] = {key: [] for key in ways}
     order, shuffled = list(ways), random.Random(0)
     pictures = {}
     bar = tqdm(
@@ -277,7 +281,8 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> list[
         pictured = pictures[way_name, m] if way_name in PICTURED and m == PICTURED_BY else []
         dist.all_gather_object(everyone, (mine, pictured))
         seconds = [sample[0] for sample in everyone[0][0]]
-        idle = [statistics.median(sample[1] for sample in theirs) for theirs, _ in everyone]
+        idle = [statistics.median(1 - sum(work.values()) / s for s, work, _ in theirs) for theirs, _ in everyone]
+        phases = [{phase: statistics.median(s[1][phase] for s in theirs) for phase in PHASES} for theirs, _ in everyone]
         sent = [theirs[0][2] for theirs, _ in everyone]
         row: dict[str, Any] = {
             "net": case.title,
@@ -285,7 +290,7 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> list[
             "micro_batches": m,
             "ms": [1e3 * q for q in quartiles(seconds)],
         }
-        row |= {"idle": idle, "sent_bytes": sent, "seconds": seconds}
+        row |= {"idle": idle, "phases_s": phases, "sent_bytes": sent, "seconds": seconds}
         rows.append(row | ({"timeline": [picture for _, picture in everyone]} if pictured else {}))
     base = {row["micro_batches"]: row["seconds"] for row in rows if row["variant"] == BASE}
     for row in rows:
