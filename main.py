@@ -8,6 +8,7 @@ Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignme
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from training.console import run_script  # first: so Ctrl-C while torch is loade
 # isort: split
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
 from feedback import DirectFeedback
 from models import ConvNet
@@ -79,12 +80,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
 def train(
     args: Namespace,
     net: DirectFeedback,
-    train_net: nn.Module,
+    train_net: Callable[[Tensor, Tensor], Tensor],
     optimizers: list[torch.optim.Optimizer],
     data: Data,
     run: Run,
 ) -> None:
-    """Train from where `run` is to its last epoch. `train_net` is `net`, or DistributedDataParallel around it.
+    """Train from where `run` is to its last epoch. `train_net` is `net`, or what trains it in many processes.
 
     Raises:
         RunEndedError: the run ends early; its message and status say how.
@@ -115,7 +116,7 @@ def evaluate_or_train(
     args: Namespace,
     checkpoint: dict[str, Any] | None,
     net: DirectFeedback,
-    train_net: nn.Module,
+    train_net: Callable[[Tensor, Tensor], Tensor],
     optimizers: list[torch.optim.Optimizer],
     data: Data,
     run: Run,

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,9 +20,10 @@ from training.console import run_script  # first: so Ctrl-C while torch is loade
 
 # isort: split
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from feedback import RULES
 from main import evaluate_or_train
 from models import AlexNet
 from training.arguments import (
@@ -44,15 +46,17 @@ from training.launch import check, device_of, launch, processes_per_node, under_
 from training.machine import reuse_memory
 from training.optim import make_optimizers, wrap
 from training.run import DIVERGED, DIVERGED_MARK, Run
+from training.stages import Stages, share_among_replicas
 
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT = ("recipe", "arch", "train_mode", "dataset", "b_update", "b_scale", "seed", "image_size")
 # no part of the experiment: not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "limit_batches"}
+OF_THE_STAGES = {"pipeline_stages", "micro_batches"}
 OF_THE_PROCESSES = {"world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "gpu", "nprocs_per_node"}
 OF_THE_FOLDERS = {"data", "out", "resume", "workers"}  # where a node has them
-NOT_KEPT = OF_THE_RUN | OF_THE_PROCESSES | {"multiprocessing_distributed"}
+NOT_KEPT = OF_THE_RUN | OF_THE_STAGES | OF_THE_PROCESSES | {"multiprocessing_distributed"}
 
 
 def make_parser() -> Parser:
@@ -74,6 +78,8 @@ def make_parser() -> Parser:
     )
     add("--momentum", type=below_one, default=0.9, help="of SGD, below 1 (default: 0.9)")
     add("--compile", action="store_true", help="compile the net with torch.compile")
+    add("--pipeline-stages", type=positive_int, metavar="P", help="cut the net into P stages, a process each")
+    add("--micro-batches", type=positive_int, metavar="M", help="pieces of a batch that pass the stages (default: 1)")
     add = data.add_argument
     add("data", nargs="?", default="data", metavar="DATA", help="where data are found and kept (default: ./data)")
     add("--dataset", choices=("cifar100", "imagenet", "synthetic"), help="default: cifar100, or synthetic without it")
@@ -114,9 +120,32 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error("--start-epoch does not go with --resume: the checkpoint knows its epoch")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch: got {args.start_epoch}, expected less than --epochs {args.epochs}")
-    if args.batch_size < 2 * processes_per_node(args):
-        parser.error(f"-b: got {args.batch_size}, expected 2 or more for each of {processes_per_node(args)} processes")
+    check_stages(args, parser)
+    shares = max(1, processes_per_node(args) // (args.pipeline_stages or 1))
+    if args.batch_size < 2 * shares * (args.micro_batches or 1):
+        each = "micro-batch of each process" if args.pipeline_stages else "process"
+        parser.error(f"-b: got {args.batch_size}, expected 2 or more for each {each}, of which there are {shares}")
     return args
+
+
+def check_stages(args: Namespace, parser: Parser) -> None:
+    """Refuse flags of stages that do not go together."""
+    if args.pipeline_stages is None:
+        if args.micro_batches is not None:
+            parser.error("--micro-batches needs --pipeline-stages")
+        return
+    args.micro_batches = args.micro_batches or 1
+    if args.pipeline_stages == 1:
+        parser.error("--pipeline-stages: got 1, expected 2 or more")
+    if RULES[args.train_mode].chained:
+        direct = ", ".join(name for name, rule in RULES.items() if not rule.chained)
+        parser.error(f"--pipeline-stages: got --train-mode {args.train_mode}, expected {direct}: e goes to all stages")
+    if args.pipeline_stages > len(AlexNet.points):
+        parser.error(f"--pipeline-stages: got {args.pipeline_stages}, but {len(AlexNet.points)} blocks have feedback")
+    if args.compile:
+        parser.error("--compile does not go with --pipeline-stages")
+    if args.batch_size % args.micro_batches:
+        parser.error(f"--micro-batches: got {args.micro_batches}, expected a divisor of -b {args.batch_size}")
 
 
 def run_folder(args: Namespace) -> Path:
@@ -172,6 +201,11 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
     """
     reuse_memory()
     refuse_different_arguments(args)
+    if args.pipeline_stages is not None:
+        try:
+            share_among_replicas(args.pipeline_stages)
+        except ValueError as error:
+            make_parser().error(str(error))
     mine = run_folder(args)
     # as rank 0 has them: the default name contains the time
     folder, diverged, saved = gather((mine, (mine / DIVERGED_MARK).exists(), (mine / NAMES["AlexNet"]).exists()))[0]
@@ -196,9 +230,16 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
     model = AlexNet(len(data.classes)).to(device)
     net = wrap(args, model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
     optimizers = make_optimizers(args, net, nesterov=False)
+    train_net: Callable[[Tensor, Tensor], Tensor] = net
+    stages = None
+    if args.pipeline_stages is not None:
+        images = global_batch_size(args) * args.pipeline_stages // world_size() // args.micro_batches
+        example = data.probe[0][:1].expand(images, -1, -1, -1).contiguous()
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        train_net = stages = Stages(args, net, optimizers, example.to(memory_format=layout))
+        print_once(stages.description)
     torch.manual_seed(args.seed + rank())  # dropout: another mask on every rank
-    train_net: nn.Module = net
-    if world_size() > 1:
+    if stages is None and world_size() > 1:
         # (torch 2.6 has no other name for broadcast_buffers.)
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         # BatchNorm normalises by each rank's own batch; its running statistics are averaged before they are used
@@ -218,6 +259,7 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
         log_interval=args.print_freq,
         best_name=BEST,
         epoch=args.start_epoch,
+        stages=stages,
     )
     return evaluate_or_train(args, checkpoint, net, train_net, optimizers, data, run, make_parser())
 

@@ -300,7 +300,7 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> list[
     return rows
 
 
-def work(rank: int, port: int, args: argparse.Namespace) -> None:
+def work(rank: int, url: str, args: argparse.Namespace) -> None:
     """What each process does; rank 0 prints and writes."""
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
@@ -309,17 +309,19 @@ def work(rank: int, port: int, args: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     reuse_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.stages)
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=args.stages)
     rows = []
     for case in QUICK if args.quick else [NETS[name] for name in args.nets]:
         rows += measure(case, args, device)
     if rank == 0:
-        title = f"{args.stages} processes, {hardware(device)}, torch {torch.__version__}, {args.rounds} rounds"
+        link = f" over {args.link}" if args.link else ""
+        title = f"{args.stages} processes{link}, {hardware(device)}, torch {torch.__version__}, {args.rounds} rounds"
         print(f"{title}\n{table(rows)}")
         if not args.quick:
-            write_raw(f"pipeline_{device.type}", device, rows, args.out)
-            chart(rows, title, args.out / f"pipeline_{device.type}.png")
-            timeline(rows, args.out / f"pipeline_timeline_{device.type}.png")
+            name = "_".join(["pipeline", device.type, *args.link.split("/")[0].split()])
+            write_raw(name, device, rows, args.out)
+            chart(rows, title, args.out / f"{name}.png")
+            timeline(rows, args.out / f"{name}_timeline.png")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -413,15 +415,24 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), metavar="NET", help="default: all")
     parser.add_argument("--rounds", type=positive_int, default=20, help="samples of each way (default: 20)")
     parser.add_argument("--out", type=Path, default=MEASURED, metavar="DIR", help="default: runs/benchmarks")
+    parser.add_argument("--rank", type=int, metavar="R", help="be the process of this stage alone, not all of them")
+    parser.add_argument("--url", metavar="URL", help="where the processes meet, with --rank")
+    parser.add_argument("--link", default="", metavar="NAME", help="what lies between the processes, for the title")
     parser.add_argument("--quick", action="store_true", help="one tiny net, two rounds, no files: to see that it runs")
     args = parser.parse_args()
     if args.device == "cuda" and torch.cuda.device_count() < args.stages:
         parser.error(f"--stages: got {args.stages}, but there are {torch.cuda.device_count()} GPUs")
+    if (args.rank is None) != (args.url is None):
+        parser.error("--rank and --url go together")
     if args.stages < 2 or args.rounds < 2:
         parser.error("--stages and --rounds: expected 2 or more")
     args.rounds = 2 if args.quick else args.rounds
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    multiprocessing.start_processes(work, (free_port(), args), nprocs=args.stages, start_method="spawn")
+    if args.rank is not None:
+        work(args.rank, args.url, args)
+    else:
+        url = f"tcp://127.0.0.1:{free_port()}"
+        multiprocessing.start_processes(work, (url, args), nprocs=args.stages, start_method="spawn")
 
 
 if __name__ == "__main__":

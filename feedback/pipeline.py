@@ -108,7 +108,8 @@ class Pipeline:
 
     A step equals one process that runs the micro-batches through `DirectFeedback` one after the other and accumulates
     their gradients: `step` leaves them in `.grad`, and each process steps its own optimisers. A stage goes on to the
-    next step's forward pass as soon as it has stepped; no stage waits for one above it but for e.
+    next step's forward pass as soon as it has stepped; no stage waits for one above it but for e. It keeps what the
+    backward passes of all the micro-batches need until their errors come.
 
     Args:
         parts: of the whole net, one for each process, each mapping one Tensor to one; the last gives logits (N, K).
@@ -156,6 +157,7 @@ class Pipeline:
         self.ranks = dist.get_process_group_ranks(self.group)
         self.autocast, self.replicas = autocast, replicas
         self.trace: list[tuple[str, float, float]] | None = None
+        self._sending: list[Any] = []
         own = [[point for point in points if has_submodule(part, point)] for part in parts]
         for point in points:
             if not any(point in names for names in own):
@@ -190,6 +192,7 @@ class Pipeline:
         if out.requires_grad and not self.last:
             point = self.net.points[-1]
             raise ValueError(f"stage {self.stage} has something that learns behind its last point {point!r}: cut there")
+        dist.barrier(self.group)  # NCCL connects all in the first call, where it waits for all
 
     @property
     def last(self) -> bool:
@@ -206,7 +209,7 @@ class Pipeline:
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         micro_batches: int = 1,
     ) -> tuple[Tensor, Tensor] | None:
-        """Forward and backward of one batch, with the other stages.
+        """Forward and backward pass of one batch, with the other stages. Nothing but e goes back.
 
         Args:
             x: the batch (N m, ...); only the first stage reads it.
@@ -220,42 +223,92 @@ class Pipeline:
         Raises:
             ValueError: fewer images than micro-batches.
         """
-        if len(target) < micro_batches:
-            raise ValueError(f"got {len(target)} images for {micro_batches} micro-batches, expected as many or more")
-        targets = target.tensor_split(micro_batches)
-        sizes = [len(piece) for piece in targets]
-        inputs = self._inputs(x, sizes)
-        errors: list[Tensor] = []
-        errors_due: list[Any] = []
-        if not self.last:
-            errors = [empty_of(self.logits, size) for size in sizes]
-            errors_due = [self._broadcast(error) for error in errors]
-        outputs, losses, sent = [], [], []
-        for number, (h, piece) in enumerate(zip(inputs, targets, strict=True)):
-            with self._phase("forward", number), self._autocast(piece.device):
-                out, zeros = self.net.forward_with_zeros(h, piece)
-                outputs.append((out, zeros))
-                if self.last:
-                    logits = out.detach().requires_grad_()
-                    loss = loss_fn(logits, piece) * (len(piece) / len(target))
-            if self.last:
-                errors += torch.autograd.grad(loss, logits)
-                errors_due.append(self._broadcast(errors[-1]))
-                losses.append(loss.detach())
-            else:
-                sent.append(self._send(out, number))
-        for number, ((out, zeros), error, due) in enumerate(zip(outputs, errors, errors_due, strict=True)):
+        losses = []
+
+        def error_of(out: Tensor, piece: Tensor) -> Tensor:
+            logits = out.detach().requires_grad_()
+            with self._autocast(out.device):
+                loss = loss_fn(logits, piece) * (len(piece) / len(target))
+            losses.append(loss.detach())
+            return torch.autograd.grad(loss, logits)[0]
+
+        outputs, errors, due = self._go_forward(x, target, micro_batches, error_of)
+        for number, (output, error, work) in enumerate(zip(outputs, errors, due, strict=True)):
             with self._phase("wait", number):
-                due.wait()
-            with self._phase("backward", number):
-                roots = [root for root in ([*zeros, out] if self.last else zeros) if root.requires_grad]
-                torch.autograd.backward(roots, [error] * len(roots))
-        for work in sent:  # all have arrived: e came back for each
-            work.wait()
+                work.wait()
+            self._go_backward(number, output, error)
         self._average_over_replicas()
         if self.last:
             return torch.cat([out.detach() for out, _ in outputs]), torch.stack(losses).sum()
         return None
+
+    def logits_of(self, x: Tensor | None, target: Tensor, micro_batches: int = 1) -> Tensor:
+        """Forward pass of one batch; return its logits (N m, K) on every stage. Their backward pass is the pipeline's.
+
+        For a training loop that looks at the loss before it goes backward: every stage works out the same loss, and so
+        e, which need not be sent. No stage goes backward before the batch is through the last one.
+
+        Args:
+            x, target, micro_batches: as in `step`.
+
+        Raises:
+            ValueError: as `step` does.
+        """
+        outputs, pieces, due = self._go_forward(x, target, micro_batches, lambda out, piece: out.detach())
+        for number, work in enumerate(due):
+            with self._phase("wait", number):
+                work.wait()
+
+        def go_backward(leaf: Tensor) -> None:
+            errors = leaf.grad.tensor_split(len(outputs)) if leaf.grad is not None else ()
+            for number, (output, error) in enumerate(zip(outputs, errors, strict=True)):
+                self._go_backward(number, output, error)
+            self._average_over_replicas()
+
+        logits = torch.cat(pieces).requires_grad_()
+        logits.register_post_accumulate_grad_hook(go_backward)
+        return logits
+
+    def _go_forward(
+        self,
+        x: Tensor | None,
+        target: Tensor,
+        micro_batches: int,
+        returned: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[list[tuple[Tensor, list[Tensor]]], list[Tensor], list[Any]]:
+        """Run the micro-batches; on the last stage, send to all what `returned(logits, targets)` makes of each, (N, K).
+
+        Returns:
+            For each micro-batch: this stage's output and its points' zeros; what is returned; and when it has come.
+        """
+        if len(target) < micro_batches:
+            raise ValueError(f"got {len(target)} images for {micro_batches} micro-batches, expected as many or more")
+        targets = target.tensor_split(micro_batches)
+        sizes = [len(piece) for piece in targets]
+        back = [] if self.last else [empty_of(self.logits, size) for size in sizes]
+        due = [self._broadcast(rows) for rows in back]
+        outputs = []
+        for number, (h, piece) in enumerate(zip(self._inputs(x, sizes), targets, strict=True)):
+            with self._phase("forward", number):
+                with self._autocast(piece.device):
+                    out, zeros = self.net.forward_with_zeros(h, piece)
+                outputs.append((out, zeros))
+                if self.last:
+                    back.append(returned(out, piece))
+            if self.last:
+                due.append(self._broadcast(back[-1]))
+            else:
+                self._sending.append(self._send(out, number))
+        return outputs, back, due
+
+    def _go_backward(self, number: int, output: tuple[Tensor, list[Tensor]], error: Tensor) -> None:
+        """The backward pass of a micro-batch in this stage, from e (N, K)."""
+        out, zeros = output
+        with self._phase("backward", number):
+            roots = [root for root in ([*zeros, out] if self.last else zeros) if root.requires_grad]
+            torch.autograd.backward(roots, [error] * len(roots))
+        if self._sending:  # it has arrived: something came back for it
+            self._sending.pop(0).wait()
 
     @torch.no_grad()
     def forward(self, x: Tensor | None, images: int) -> Tensor | None:

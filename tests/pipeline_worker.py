@@ -81,15 +81,23 @@ def train_alone(net, micro_batches, images=BATCH, autocast=None):
     return losses
 
 
-def train_stage(stage, micro_batches, share=slice(None), images=BATCH):
+def train_stage(stage, micro_batches, share=slice(None), images=BATCH, by_logits=False):
     """The same through the pipeline; return the last stage's losses."""
     optimizers, losses = optimizers_of(stage.net), []
     for step in range(STEPS):
         x, y = batch(step, images, next(stage.net.parameters()).dtype)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        result = stage.step(x[share] if stage.stage == 0 else None, y[share], micro_batches=micro_batches)
-        losses += [] if result is None else [result[1]]
+        x, y = x[share] if stage.stage == 0 else None, y[share]
+        if by_logits:
+            logits = stage.logits_of(x, y, micro_batches)
+            with torch.autocast("cpu", stage.autocast, enabled=stage.autocast is not None):
+                loss = F.cross_entropy(logits, y)
+            loss.backward()
+            losses.append(loss.detach())
+        else:
+            result = stage.step(x, y, micro_batches=micro_batches)
+            losses += [] if result is None else [result[1]]
         for optimizer in optimizers:
             optimizer.step()
     return losses
@@ -142,6 +150,7 @@ def run_replicas(rank, world, port, folder):
 CASES = [(name, stages, m, {}) for name in DIRECT for stages in CUTS for m in (1, 2, 4)]
 CASES += [(name, 3, 2, {"memory_format": torch.channels_last}) for name in DIRECT]
 CASES += [(name, 3, 2, {"autocast": torch.bfloat16}) for name in DIRECT]
+CASES += [(name, stages, 4, {"by_logits": True}) for name in DIRECT for stages in CUTS]
 SPLIT_BY_TORCH = [(name, 3, 2, {"splitter": True}) for name in DIRECT]
 
 
@@ -150,11 +159,13 @@ def run(rank, world, port, folder, cases):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     groups = {stages: dist.new_group(list(range(stages))) for stages in range(1, world + 1)}
     results = {}
-    for name, stages, micro_batches, options in cases:
+    for name, stages, micro_batches, given in cases:
+        options = dict(given)
         if rank < stages:
-            net = whole(name, **{key: value for key, value in options.items() if key != "splitter"})
+            net = whole(name, **{key: options[key] for key in ("memory_format", "autocast") if key in options})
+            by_logits = options.pop("by_logits", False)
             stage = stage_of(net, name, stages, groups[stages], **options)
-            losses = train_stage(stage, micro_batches)
+            losses = train_stage(stage, micro_batches, by_logits=by_logits)
             states = together(stage, stage.net.state_dict())
             stage.net.eval()
             logits = None
@@ -162,6 +173,6 @@ def run(rank, world, port, folder, cases):
                 logits = stage.forward(batch(99, dtype=next(net.parameters()).dtype)[0] if rank == 0 else None, BATCH)
             merged = {key: value for state in states for key, value in state.items()}
             if stage.last:
-                results[name, stages, micro_batches, *options] = {"state": merged, "logits": logits, "losses": losses}
+                results[name, stages, micro_batches, *given] = {"state": merged, "logits": logits, "losses": losses}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

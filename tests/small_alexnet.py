@@ -17,16 +17,17 @@ from training.console import run_script
 class SmallNet(nn.Module):
     """A stand-in for AlexNet on 64x64 pixels."""
 
-    points = ("conv",)
+    points = ("conv", "hidden")
     smallest_image = 63
 
     def __init__(self, num_classes):
         super().__init__()
         self.conv = nn.Sequential(nn.Conv2d(3, 2, 8, stride=8), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
-        self.fc = nn.Linear(2 * 8 * 8, num_classes)
+        self.hidden = nn.Sequential(nn.Linear(2 * 8 * 8, 16), nn.ReLU())
+        self.fc = nn.Linear(16, num_classes)
 
     def forward(self, x):
-        return self.fc(self.conv(x))
+        return self.fc(self.hidden(self.conv(x)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,13 @@ def test_the_originals_command_line_parses(alexnet):
         ("--resume nowhere", "there is no nowhere"),
         ("--mode DFA", "did you mean --train-mode?"),
         ("--save-mode", "did you mean --save-model?"),
+        ("--pipeline-stages 2 --train-mode BP", "got --train-mode BP, expected DFA, DKP, LAS, DRTP"),
+        ("--pipeline-stages 8", "got 8, but 7 blocks have feedback"),
+        ("--pipeline-stages 1", "got 1, expected 2 or more"),
+        ("--pipeline-stages 2 --micro-batches 3", "got 3, expected a divisor of -b 256"),
+        ("--pipeline-stages 2 --micro-batches 128 -b 128", "expected 2 or more for each micro-batch"),
+        ("--pipeline-stages 2 --compile", "--compile does not go with --pipeline-stages"),
+        ("--micro-batches 2", "--micro-batches needs --pipeline-stages"),
     ],
 )
 def test_bad_command_lines_are_refused(alexnet, capsys, monkeypatch, line, message):
@@ -277,16 +285,16 @@ def test_a_run_resumed_with_another_batch_size_sees_each_image_once(alexnet, fol
 # --- jobs of several processes
 
 
-def command(folder, *flags, torchrun=()):
+def command(folder, *flags, torchrun=(), script="alexnet/main.py"):
     start = [sys.executable, "-m", "torch.distributed.run", *torchrun] if torchrun else [sys.executable]
-    script = [str(ROOT / "alexnet" / "main.py"), str(folder), "--image-size", "64", "-b", "8", "--lr", "0.01"]
-    return [*start, *script, *(str(flag) for flag in flags)]
+    line = [str(ROOT / script), str(folder), "--image-size", "64", "-b", "8", "--lr", "0.01"]
+    return [*start, *line, *(str(flag) for flag in flags)]
 
 
-def start(folder, *flags, torchrun=()):
+def start(folder, *flags, **how):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        command(folder, *flags, torchrun=torchrun),
+        command(folder, *flags, **how),
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -425,3 +433,74 @@ def test_a_port_that_is_taken_or_silent_does_not_hang(folder):
         lonely = ("--world-size", 2, "--rank", 1, "--dist-url", url, "--dist-timeout", 5)
         _, error = finish(start(folder, *lonely), status=1, timeout=90)
         assert f"rank 1 of 2 could not join at {url}" in error
+
+
+# --- stages of a net in several processes
+
+SMALL = {"script": "tests/small_alexnet.py"}
+STAGES = {"torchrun": ("--standalone", "--nproc-per-node", "2", "--max-restarts", "3"), **SMALL}
+
+
+def metrics(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_close_nets(one, other):
+    (net, _), (other_net, _) = net_of(one), net_of(other)
+    for name, value in net.items():
+        torch.testing.assert_close(value, other_net[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule", [("--train-mode", "DKP"), ("--train-mode", "DKP", "--b-update", "inplace"), ("--train-mode", "LAS")]
+)
+def test_two_stages_are_one_process_and_resume_as_either(folder, rule):
+    stages = (*rule, "--pipeline-stages", 2)
+    finish(start(folder, *rule, "--epochs", 2, "--out", folder / "alone", **SMALL))
+    out, _ = finish(start(folder, *stages, "--epochs", 2, "--out", folder / "stages", **STAGES))
+    assert re.search(r"stage 0: conv.* % of the time\); stage 1: .*fc \(", out), out
+    assert_close_nets(folder / "alone", folder / "stages")
+    for mine, theirs in zip(metrics(folder / "alone"), metrics(folder / "stages"), strict=True):
+        for key in mine.keys() - {"seconds"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, nan_ok=True), key
+    finish(start(folder, *stages, "--epochs", 1, "--out", folder / "halves", **STAGES))
+    shutil.copytree(folder / "halves", folder / "later-alone")
+    finish(start(folder, "--pipeline-stages", 2, "--epochs", 2, "--resume", folder / "halves", **STAGES))
+    assert_same_nets(folder / "stages", folder / "halves")
+    finish(start(folder, "--epochs", 2, "--resume", folder / "later-alone", **SMALL))
+    assert_close_nets(folder / "stages", folder / "later-alone")
+
+
+@pytest.mark.slow
+def test_replicas_of_stages_train_and_more_micro_batches_than_one(folder):
+    torchrun = ("--standalone", "--nproc-per-node", "4")
+    flags = ("--pipeline-stages", 2, "--micro-batches", 2, "--precision", "bf16", "--channels-last")
+    out, _ = finish(start(folder, *flags, "--epochs", 2, "--out", folder / "run", torchrun=torchrun, **SMALL))
+    assert "4 processes" in out and "test accuracy" in out
+    assert load_checkpoint(folder / "run" / "checkpoint.pth.tar", "AlexNet")["epoch"] == 2
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_or_stopped_comes_back_and_one_that_diverges_ends_all(folder):
+    flags = ("--pipeline-stages", 2, "--epochs", 40)
+    finish(start(folder, *flags, "--out", folder / "whole", **STAGES))
+    process = start(folder, *flags, "--out", folder / "killed", **STAGES)
+    wait_for_epoch_1(folder / "killed")
+    (victim,) = [pid for pid in children(process.pid) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signal.SIGKILL)
+    out, _ = finish(process)
+    assert len(re.findall("from epoch", out)) == 2
+    assert_same_nets(folder / "whole", folder / "killed")
+    process = start(folder, *flags, "--out", folder / "stopped", **STAGES)
+    wait_for_epoch_1(folder / "stopped")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert load_checkpoint(folder / "stopped" / "checkpoint.pth.tar", "AlexNet")["epoch"] < 40
+    finish(start(folder, "--pipeline-stages", 2, "--resume", folder / "stopped", **STAGES))
+    assert_same_nets(folder / "whole", folder / "stopped")
+    process = start(folder, *flags, "--lr", 1e6, "--out", folder / "diverged", **STAGES)
+    out, error = process.communicate(timeout=100)
+    assert process.returncode == 1 and len(re.findall("from epoch", out)) == 1, out + error
+    assert (folder / "diverged" / "diverged").exists() and "exitcode  : 3" in error

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.augment import centre_crops, random_crops, resize_crops
 from training.data import ImageSet, epoch_order, generator, normalise
-from training.distributed import rank, world_size
+from training.distributed import rank, replica, world_size
 from training.image_files import ImageFileError, ImageFiles
 from training.torchvision_import import import_torchvision
 
@@ -116,15 +116,15 @@ def whole_images(
 def global_batches(images: int, batch_size: int, seed: int, epoch: int, seen: int) -> list[Tensor]:
     """The index batches that are left of an epoch. A short last one is left out if a rank would get under 2 images."""
     batches = list(epoch_order(images, seed, epoch)[seen:].split(batch_size))
-    if batches and len(batches[-1]) < 2 * world_size():
+    if batches and len(batches[-1]) < 2 * replica()[1]:
         batches.pop()
     return batches
 
 
 def share(batch: Tensor) -> slice:
-    """This rank's stretch of a global batch; the stretches differ by one image at most."""
-    start, stop = (len(batch) * number // world_size() for number in (rank(), rank() + 1))
-    return slice(start, stop)
+    """This process's stretch of a global batch; the stretches differ by one image at most."""
+    mine, shares = replica()
+    return slice(len(batch) * mine // shares, len(batch) * (mine + 1) // shares)
 
 
 def steps_left(images: int, batch_size: int, least: int, limit: int | None, seen: int) -> int:
@@ -139,9 +139,9 @@ def shared_steps(images: int, batch_size: int, limit: int | None) -> Callable[[i
     Raises:
         ValueError: an epoch would have no step.
     """
-    steps_after = functools.partial(steps_left, images, batch_size, 2 * world_size(), limit)
+    steps_after = functools.partial(steps_left, images, batch_size, 2 * replica()[1], limit)
     if steps_after(0) == 0:
-        raise ValueError(f"too few training images ({images}), expected 2 or more for each of {world_size()} processes")
+        raise ValueError(f"too few training images ({images}), expected 2 or more for each of {replica()[1]} processes")
     return steps_after
 
 
@@ -164,7 +164,7 @@ def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images:
     count, side = len(images.x_train), images.x_train.shape[2]
     device = images.x_train.device
 
-    buffer = torch.empty(-(-batch_size // world_size()), 3, size, size, device=device)
+    buffer = torch.empty(-(-batch_size // replica()[1]), 3, size, size, device=device)
     chunk = CPU_CHUNK if device.type == "cpu" else batch_size
 
     def train(epoch: int, seen: int) -> Batches:

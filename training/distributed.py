@@ -5,6 +5,8 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
+_share: list[tuple[int, int]] = []  # what `share_among` has said last, if anything
+
 
 def world_size() -> int:
     """The number of processes that train together."""
@@ -14,6 +16,19 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share_among(replica: int, replicas: int) -> None:
+    """Let this process take the share `replica` of `replicas` of each batch, instead of its rank's of the world's.
+
+    For processes that train stages of a net: those of one replica take the same images.
+    """
+    _share[:] = [(replica, replicas)]
+
+
+def replica() -> tuple[int, int]:
+    """Which share of each batch this process takes, and how many shares there are."""
+    return _share[0] if _share and world_size() > 1 else (rank(), world_size())
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

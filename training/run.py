@@ -31,10 +31,11 @@ from tqdm import tqdm
 from feedback import DirectFeedback
 from training.batches import Batches, Data
 from training.checkpoint import NAMES, identity, mean_buffers, rng_state, save_checkpoint, set_rng_state
-from training.distributed import barrier, gather, rank, sum_over_ranks, world_size
+from training.distributed import barrier, gather, rank, replica, sum_over_ranks, world_size
 from training.files import locked, replaced
 from training.image_files import ImageFileError
 from training.machine import git_revision, hardware, version
+from training.stages import Stages
 
 DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
 DIVERGED = 3  # exit status of a run whose loss diverged or is not finite
@@ -94,6 +95,7 @@ class Run:
         best_name: of a checkpoint of weights and B after the best epoch, if any.
         split: what the accuracies are of, "test" or "validation" images.
         epoch: count from here.
+        stages: where each process trains a stage of the net.
 
     Attributes:
         epoch: how many epochs are done. step: how many steps of the next one. done: how many steps in all, of whatever
@@ -116,6 +118,7 @@ class Run:
         best_name: str | None = None,
         split: str = "test",
         epoch: int = 0,
+        stages: Stages | None = None,
     ) -> None:
         self.folder, self.net, self.optimizers, self.data = folder, net, optimizers, data
         self.settings = {key: value for key, value in vars(args).items() if key not in not_kept}
@@ -134,6 +137,8 @@ class Run:
         self._started = self._together = 0.0
         self._writer: SummaryWriter | None = None
         self._bar = tqdm(disable=True)
+        self.stages = stages
+        self.counts = stages is None or stages.pipeline.last  # whether this rank's images are in the sums over all
         self._held = contextlib.ExitStack()
         self._trained = False  # whether a step was taken since the last test
         self._before = folder / f"{NAMES[model]}.before"  # the checkpoint of before the epoch that is being tested
@@ -240,7 +245,7 @@ class Run:
         with self._reading():
             for x, y, together in itertools.islice(self.data.train(self.epoch + 1, seen), left):
                 self._together = together
-                yield x, y, len(y) * world_size() / together
+                yield x, y, len(y) * replica()[1] / together
 
     def check(self, loss: Tensor, images: int) -> float:
         """Return this rank's loss of a step, over so many images, as a number.
@@ -249,6 +254,7 @@ class Run:
             DivergedError: the loss over all ranks is not finite; nothing has been updated with it. On every rank.
         """
         value = loss.item()
+        images = images if self.counts else 0
         signals, over_ranks = sum_over_ranks([float(self._signal), value * images / self._together], self.device)
         self._stopping = signals > 0
         if not math.isfinite(over_ranks):
@@ -268,9 +274,10 @@ class Run:
         tally["step"] += 1
         self.done += 1
         tally["seen"] += self._together
-        tally["images"] += len(y)
-        tally["loss"] += loss * len(y)
-        tally["correct"] += int((logits_NK.argmax(1) == y).sum())
+        if self.counts:
+            tally["images"] += len(y)
+            tally["loss"] += loss * len(y)
+            tally["correct"] += int((logits_NK.argmax(1) == y).sum())
         tally["seconds"] = time.perf_counter() - self._started
         self._bar.update(self._together)
         if tally["step"] % self.log_interval == 0:
@@ -284,15 +291,16 @@ class Run:
             self._stop()
 
     def test_batches(self) -> Batches:
-        """This rank's share of the test images. The epoch is saved first: a kill while testing loses nothing.
+        """Save the epoch, so that a kill while testing loses nothing; return this rank's share of the test images.
 
-        The checkpoint of before stays beside it until the test has been found sound.
+        The checkpoint of before stays beside the new one until the test has been found sound.
 
         Raises:
             DivergedError: as `check_soundness` does.
             StoppedError: a signal came meanwhile, on any rank; on every rank.
             ReadError: an image cannot be read; on this rank alone.
         """
+        self.bring_together()
         self.check_soundness()
         if self._trained:  # not a resumed run that was saved here
             if rank() == 0:
@@ -300,6 +308,9 @@ class Run:
                     self._before.unlink(missing_ok=True)
                     os.link(self.folder / NAMES[self.model], self._before)
             self.save()
+        return self._test_batches()
+
+    def _test_batches(self) -> Batches:
         with self._reading():
             batches = self.data.test()
             more = 1.0
@@ -323,7 +334,13 @@ class Run:
                 print(message, file=sys.stderr, flush=True)
             raise ReadError(message) from None
 
+    def bring_together(self) -> None:
+        """Where processes train stages of the net: let each have all of it."""
+        if self.stages is not None:
+            self.stages.bring_together()
+
     def _stop(self) -> NoReturn:
+        self.bring_together()
         self.check_soundness()
         self.save()
         where = f"epoch {self.epoch + 1}, step {self.step}"
@@ -416,7 +433,8 @@ class Run:
         states = (state for optimizer in self.optimizers for state in optimizer.state.values())
         kept = [*self.net.parameters(), *self.net.buffers(), *(value for state in states for value in state.values())]
         finite = all(bool(value.isfinite().all()) for value in kept if isinstance(value, Tensor))
-        if not finite or (self.rows and not math.isfinite(self.rows[-1][f"{self.split}_loss"] or 0)):
+        (unsound,) = sum_over_ranks([float(not finite)], self.device)  # a rank may have statistics of its own
+        if unsound or (self.rows and not math.isfinite(self.rows[-1][f"{self.split}_loss"] or 0)):
             raise self._diverged(
                 f"weights, statistics or {self.split} loss are not finite after epoch {self.epoch + 1}: stopped"
             )
@@ -436,13 +454,15 @@ class Run:
         Raises:
             WriteError: it cannot be written.
         """
+        self.bring_together()
+        states = [o.state_dict() for o in self.optimizers] if self.stages is None else self.stages.optimizer_states()
         ranks = gather({"rng": rng_state(), "tally": self.tally, "buffers": dict(self.net.model.named_buffers())})
         if rank() == 0:
             trained = {"model": self.model, "args": self.settings, "classes": self.data.classes, "epoch": self.epoch}
             trained |= {"net": self.net.state_dict()}
             state = trained | {"data": self.data.fingerprint, "rows": self.rows, "ranks": ranks}
             state |= {"recent": list(self.recent), "steps": self.done}
-            state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+            state |= {"optimizers": states}
             accuracies = [row[f"{self.split}_accuracy"] or 0 for row in self.rows]
             with self._writing():
                 save_checkpoint(self.folder / NAMES[self.model], state)
