@@ -123,8 +123,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     check_stages(args, parser)
     shares = max(1, processes_per_node(args) // (args.pipeline_stages or 1))
     if args.batch_size < 2 * shares * (args.micro_batches or 1):
-        each = "micro-batch of each process" if args.pipeline_stages else "process"
-        parser.error(f"-b: got {args.batch_size}, expected 2 or more for each {each}, of which there are {shares}")
+        each = f"{shares} replicas' micro-batches" if args.pipeline_stages else f"{shares} processes"
+        parser.error(f"-b: got {args.batch_size}, expected 2 or more for each of {each}")
     return args
 
 

@@ -77,7 +77,7 @@ def test_the_originals_command_line_parses(alexnet):
         ("--pipeline-stages 8", "got 8, but 7 blocks have feedback"),
         ("--pipeline-stages 1", "got 1, expected 2 or more"),
         ("--pipeline-stages 2 --micro-batches 3", "got 3, expected a divisor of -b 256"),
-        ("--pipeline-stages 2 --micro-batches 128 -b 128", "expected 2 or more for each micro-batch"),
+        ("--pipeline-stages 2 --micro-batches 128 -b 128", "expected 2 or more for each of 1 replicas' micro-batches"),
         ("--pipeline-stages 2 --compile", "--compile does not go with --pipeline-stages"),
         ("--micro-batches 2", "--micro-batches needs --pipeline-stages"),
     ],
