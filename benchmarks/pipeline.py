@@ -375,6 +375,7 @@ def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         panel.set(
             xscale="log", xticks=MICRO_BATCHES, xticklabels=MICRO_BATCHES, xlabel="micro-batches", ylabel="ms a step"
         )
+        panel.minorticks_off()
         panel.set_title(net, fontsize=9)
         panel.set_ylim(bottom=0)
     panels[0].legend(fontsize=7)
@@ -401,7 +402,7 @@ def timeline(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(yticks=range(len(row["timeline"])), yticklabels=[f"stage {n}" for n in range(len(row["timeline"]))])
         panel.invert_yaxis()
         panel.set_title(f"{row['variant']}, {row['net']}, {row['micro_batches']} micro-batches", fontsize=8)
-    panels[0].legend(fontsize=7, ncols=3, loc="upper right")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, ncols=3, loc="outside upper right")
     panels[-1].set_xlabel("ms")
     figure.savefig(path)
     plt.close(figure)

@@ -119,6 +119,7 @@ def main() -> None:
             for link in GBITS:
                 panel.plot(STAGES, predicted[net, link], marker="o", markersize=3, label=f"{link} Gbit/s")
             panel.set(xscale="log", xticks=STAGES, xticklabels=STAGES, xlabel="stages", title=net, ylim=(0, 1.1))
+            panel.minorticks_off()
         panels[0].set_ylabel("DKP's step to GPipe's, predicted")
         panels[0].legend(fontsize=8)
         args.out.mkdir(parents=True, exist_ok=True)
