@@ -385,9 +385,9 @@ def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def timeline(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw what each stage does when, in three steps in a row of the first net by two ways."""
+    """Draw what each stage does when, in two steps in a row of the last net by two ways."""
     plt = pyplot()
-    shown = [row for row in rows if "timeline" in row and row["net"] == rows[0]["net"]]
+    shown = [row for row in rows if "timeline" in row and row["net"] == rows[-1]["net"]]
     colors = {"forward": "tab:blue", "backward": "tab:orange", "update": "tab:green"}
     figure, panels = plt.subplots(
         len(shown), 1, figsize=(9, 1.7 * len(shown)), dpi=150, layout="constrained", sharex=True

@@ -14,7 +14,6 @@ Prints the model beside what was measured, and the predicted ratio of DKP to BP 
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,11 +41,11 @@ class Stage(NamedTuple):
 
 
 def stage_of(row: dict[str, Any]) -> Stage:
-    """The mean stage of a measured row."""
-    m, phases = row["micro_batches"], row["phases_s"]
-    mean = {key: statistics.fmean(stage[key] for stage in phases) for key in phases[0]}
+    """The dearest stage of a measured row: the others wait for it."""
+    m = row["micro_batches"]
+    dearest = max(row["phases_s"], key=lambda phases: phases["forward"] + phases["backward"])
     down, back = row["sent_bytes"][0] / m, row["sent_bytes"][-1] / m
-    return Stage(mean["forward"] / m, mean["backward"] / m, mean["update"], down, back)
+    return Stage(dearest["forward"] / m, dearest["backward"] / m, dearest["update"], down, back)
 
 
 def gpipe(stage: Stage, p: int, m: int, bytes_per_s: float) -> float:
