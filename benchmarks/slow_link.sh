@@ -11,5 +11,6 @@ stage() {  # stage SIDE RANK FLAGS...
     on "$1" python benchmarks/pipeline.py --link "1 Gbit/s" --url "tcp://$first:29578" --rank "$2" "${@:3}"
 }
 stage b 1 "$@" >"$scratch/b.log" 2>&1 &
-stage a 0 "$@" || { cat "$scratch/b.log"; exit 1; }
-wait
+other=$!
+stage a 0 "$@" || { kill $other; cat "$scratch/b.log"; exit 1; }
+wait $other

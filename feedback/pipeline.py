@@ -111,6 +111,8 @@ class Pipeline:
     next step's forward pass as soon as it has stepped; no stage waits for one above it but for e. It keeps what the
     backward passes of all the micro-batches need until their errors come.
 
+    What LAS and DRTP make of the labels is a mean over a micro-batch; as with accumulation, m add up to m times it.
+
     Args:
         parts: of the whole net, one for each process, each mapping one Tensor to one; the last gives logits (N, K).
             From `parts_of`, or the stage modules of `torch.distributed.pipelining.pipeline`.
@@ -150,7 +152,11 @@ class Pipeline:
     ) -> None:
         if rule in RULES and RULES[rule].chained:
             raise ValueError(f"rule is {rule!r}, expected a direct one: for {rule} take torch.distributed.pipelining")
+        if autocast == torch.float16:
+            raise ValueError("autocast is torch.float16, expected bfloat16: a GradScaler does not know of e")
         self.group = dist.group.WORLD if group is None else group
+        if example.is_cuda and dist.get_backend(self.group) == "gloo":
+            raise ValueError("gloo cannot send CUDA tensors from process to process: take nccl")
         self.stage, self.stages = dist.get_rank(self.group), dist.get_world_size(self.group)
         if len(parts) != self.stages:
             raise ValueError(f"got {len(parts)} parts of the net for {self.stages} processes, expected as many")
@@ -171,28 +177,47 @@ class Pipeline:
             with untouched(part), torch.no_grad(), self._autocast(example.device):
                 flows.append(part.eval()(flows[-1]))
         self.received, self.sent = flows[self.stage : self.stage + 2]  # examples
+        self.logits = flows[-1]
         step_group = replicas
         if update == "inplace" and replicas is None:
             step_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        self.net = DirectFeedback(
-            parts[self.stage],
-            own[self.stage],
-            rule,
-            self.received.to(example.dtype),
-            update=update,
-            feedback_lr=feedback_lr,
-            feedback_weight_decay=feedback_weight_decay,
-            init=init,
-            group=step_group,
-            classes=None if self.last else flows[-1].shape[1],
-        )
-        self.logits = flows[-1]
-        with untouched(self.net), torch.enable_grad():
-            out, _ = self.net.eval().tapped_forward(self.received.to(example.dtype), cut=True)
-        if out.requires_grad and not self.last:
-            point = self.net.points[-1]
-            raise ValueError(f"stage {self.stage} has something that learns behind its last point {point!r}: cut there")
-        dist.barrier(self.group)  # NCCL connects all in the first call, where it waits for all
+        for number, part in enumerate(parts):  # each draws its B, so that a seed gives that of the whole net
+            received = flows[number].to(example.dtype)
+            net = DirectFeedback(
+                part,
+                own[number],
+                rule,
+                received,
+                update=update,
+                feedback_lr=feedback_lr,
+                feedback_weight_decay=feedback_weight_decay,
+                init=init,
+                group=step_group,
+                classes=None if number == self.stages - 1 else self.logits.shape[1],
+            )
+            with untouched(net), torch.enable_grad():
+                out, _ = net.eval().tapped_forward(received, cut=True)
+            if out.requires_grad and number < self.stages - 1:
+                point = net.points[-1]
+                raise ValueError(f"stage {number} has something that learns behind its last point {point!r}: cut there")
+            if number == self.stage:
+                self.net = net
+        self._connect()
+
+    def _connect(self) -> None:
+        """Use every connection once: NCCL makes one in its first call, where both sides wait for each other.
+
+        Replicas begin with the weights and B of the first of them.
+        """
+        token = torch.zeros(1, device=self.received.device)
+        dist.broadcast(token, self.ranks[-1], self.group)
+        if self.stage > 0:
+            dist.recv(token, self.ranks[self.stage - 1], self.group)
+        if not self.last:
+            dist.send(token, self.ranks[self.stage + 1], self.group)
+        if self.replicas is not None:
+            for tensor in self.net.state_dict().values():
+                dist.broadcast(tensor, dist.get_process_group_ranks(self.replicas)[0], self.replicas)
 
     @property
     def last(self) -> bool:
@@ -285,8 +310,11 @@ class Pipeline:
             raise ValueError(f"got {len(target)} images for {micro_batches} micro-batches, expected as many or more")
         targets = target.tensor_split(micro_batches)
         sizes = [len(piece) for piece in targets]
-        back = [] if self.last else [empty_of(self.logits, size) for size in sizes]
-        due = [self._broadcast(rows) for rows in back]
+        for work in self._sending:  # of a pass that never went backward
+            work.wait()
+        self._sending.clear()
+        back: list[Tensor] = []
+        due: list[Any] = []
         outputs = []
         for number, (h, piece) in enumerate(zip(self._inputs(x, sizes), targets, strict=True)):
             with self._phase("forward", number):
@@ -294,11 +322,14 @@ class Pipeline:
                     out, zeros = self.net.forward_with_zeros(h, piece)
                 outputs.append((out, zeros))
                 if self.last:
-                    back.append(returned(out, piece))
+                    back.append(returned(out, piece).contiguous())
             if self.last:
                 due.append(self._broadcast(back[-1]))
             else:
                 self._sending.append(self._send(out, number))
+        if not self.last:  # asked for now: on CUDA a broadcast that waits would stand before this stage's own work
+            back = [empty_of(self.logits, size) for size in sizes]
+            due = [self._broadcast(rows) for rows in back]
         return outputs, back, due
 
     def _go_backward(self, number: int, output: tuple[Tensor, list[Tensor]], error: Tensor) -> None:
@@ -347,6 +378,8 @@ class Pipeline:
     def _average_over_replicas(self) -> None:
         if self.replicas is not None:
             grads = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
+            if not grads:
+                return
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat, group=self.replicas)
             flat /= dist.get_world_size(self.replicas)

@@ -159,6 +159,15 @@ def run(rank, world, port, folder, cases):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     groups = {stages: dist.new_group(list(range(stages))) for stages in range(1, world + 1)}
     results = {}
+    if rank < 2:
+        rule, options = DIRECT["DKP-optimizer"]
+        model = Net().double()
+        torch.manual_seed(3)
+        of_whole = DirectFeedback(model, POINTS, rule, EXAMPLE, **options).feedback.state_dict()
+        torch.manual_seed(3)
+        stage = Pipeline(parts_of(model, CUTS[2]), POINTS, rule, EXAMPLE, group=groups[2], **options)
+        own = stage.net.feedback.state_dict()
+        assert own and all(torch.equal(B, of_whole[key]) for key, B in own.items())
     for name, stages, micro_batches, given in cases:
         options = dict(given)
         if rank < stages:

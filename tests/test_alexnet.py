@@ -80,6 +80,7 @@ def test_the_originals_command_line_parses(alexnet):
         ("--pipeline-stages 2 --micro-batches 128 -b 128", "expected 2 or more for each of 1 replicas' micro-batches"),
         ("--pipeline-stages 2 --compile", "--compile does not go with --pipeline-stages"),
         ("--micro-batches 2", "--micro-batches needs --pipeline-stages"),
+        ("--pipeline-stages 2 --micro-batches 2 --train-mode DRTP", "whose signal would grow with it"),
     ],
 )
 def test_bad_command_lines_are_refused(alexnet, capsys, monkeypatch, line, message):
@@ -118,6 +119,7 @@ def test_alexnet_has_the_originals_shapes():
 def as_world(monkeypatch, rank, world):
     monkeypatch.setattr(batches, "rank", lambda: rank)
     monkeypatch.setattr(batches, "world_size", lambda: world)
+    monkeypatch.setattr(batches, "replica", lambda: (rank, world))
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -15,7 +15,9 @@ from pipeline_worker import (
     batch,
     run,
     run_replicas,
+    stage_of,
     train_alone,
+    train_stage,
     whole,
 )
 from torch import multiprocessing, nn
@@ -40,6 +42,7 @@ def trained(tmp_path_factory):
     return {key: value for result in results for key, value in result.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIRECT)
 def test_stages_are_one_process_that_accumulates_micro_batches(trained, name):
     """By both ways to train; in 1, 2 and 3 stages, 1, 2 and 4 micro-batches, both memory formats, float64, bfloat16."""
@@ -94,6 +97,18 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("by_logits", [False, True], ids=["step", "logits"])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_single_stage_accumulates_micro_batches(alone, name, micro_batches, by_logits):
+    net, stage = whole(name), stage_of(whole(name), name, 1, None)
+    expected = train_alone(net, micro_batches)
+    losses = train_stage(stage, micro_batches, by_logits=by_logits)
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(stage.net.state_dict()[key], value, rtol=1e-12, atol=1e-14, msg=key)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].chained])

@@ -19,6 +19,7 @@ CONTENT = TRAINED | {
     "optimizers": list,
     "recent": list,
     "steps": int,
+    "shares": int,
 }  # and what its run needs
 
 

@@ -461,7 +461,7 @@ class Run:
             trained = {"model": self.model, "args": self.settings, "classes": self.data.classes, "epoch": self.epoch}
             trained |= {"net": self.net.state_dict()}
             state = trained | {"data": self.data.fingerprint, "rows": self.rows, "ranks": ranks}
-            state |= {"recent": list(self.recent), "steps": self.done}
+            state |= {"recent": list(self.recent), "steps": self.done, "shares": replica()[1]}
             state |= {"optimizers": states}
             accuracies = [row[f"{self.split}_accuracy"] or 0 for row in self.rows]
             with self._writing():
@@ -485,7 +485,7 @@ class Run:
                 optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
                 lay_out_as_parameters(optimizer)
             check_counters(checkpoint)
-            self._restore_ranks(checkpoint["ranks"])
+            self._restore_ranks(checkpoint["ranks"], checkpoint["shares"])
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the checkpoint does not fit: {error}") from error
         self.epoch, self.rows, self.done = checkpoint["epoch"], checkpoint["rows"], checkpoint["steps"]
@@ -493,9 +493,12 @@ class Run:
         if self.epochs < self.epoch + (self.step > 0):
             raise ValueError(f"--epochs: got {self.epochs}, but the run is past epoch {self.epoch} already")
 
-    def _restore_ranks(self, saved: list[dict[str, Any]]) -> None:
-        """Put back each rank's random numbers, sums, and buffers (BatchNorm's running statistics)."""
-        mine = [saved[rank()]] if len(saved) == world_size() else saved
+    def _restore_ranks(self, saved: list[dict[str, Any]], shares: int) -> None:
+        """Put back each rank's random numbers, sums, and buffers (BatchNorm's running statistics).
+
+        Ranks that share the batches in another way than those that saved get the mean of all.
+        """
+        mine = [saved[rank()]] if (len(saved), shares) == (world_size(), replica()[1]) else saved
         values = mean_buffers([other["buffers"] for other in mine])
         with torch.no_grad():
             for name, buffer in self.net.model.named_buffers():

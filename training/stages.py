@@ -4,16 +4,19 @@ Every process has the whole net, and trains its own stage of it; so what is test
 """
 
 from argparse import Namespace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from feedback import DirectFeedback
 from feedback.checks import feedback_name
 from feedback.pipeline import Pipeline, balanced_cuts, costs_of, parts_of
-from training.distributed import share_among
+from training.distributed import rank, share_among, world_size
+from training.optim import autocast
 
 
 class Stages:
@@ -36,8 +39,11 @@ class Stages:
     ) -> None:
         stages, world = args.pipeline_stages, dist.get_world_size()
         mesh = init_device_mesh(example.device.type, (world // stages, stages), mesh_dim_names=("replica", "stage"))
+        for name in ("replica", "stage"):
+            _set_pg_timeout(timedelta(seconds=args.dist_timeout), mesh[name].get_group())
         self.net, self.optimizers, self.micro_batches = net, optimizers, args.micro_batches
-        costs = [costs_of(net.model, example) if dist.get_rank() == 0 else {}]
+        with autocast(args, example.device):
+            costs = [costs_of(net.model, example) if dist.get_rank() == 0 else {}]
         dist.broadcast_object_list(costs, device=example.device)
         parts = parts_of(net.model, balanced_cuts(costs[0], net.points, stages))
         replicas = mesh["replica"].get_group() if world > stages else None
@@ -67,10 +73,10 @@ class Stages:
         )
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
-        """The logits (N, K) of a batch, on every stage."""
+        """The logits (N, K) of a batch, on every stage. A short last batch goes in fewer pieces, of 2 images each."""
         if self.net.update == "inplace" and self.net.feedback_lr is not None:
             self.pipeline.net.feedback_lr = self.net.feedback_lr
-        return self.pipeline.logits_of(x, target, self.micro_batches)
+        return self.pipeline.logits_of(x, target, min(self.micro_batches, max(1, len(target) // 2)))
 
     def owner_of(self, key: str) -> int:
         """The stage that trains what has this key in the net's state dict."""
@@ -89,7 +95,10 @@ class Stages:
             own = optimizer.state_dict()
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             mine = {
-                index: own["state"][index]
+                index: {
+                    key: value.cpu() if isinstance(value, Tensor) else value
+                    for key, value in own["state"][index].items()
+                }
                 for index, parameter in enumerate(parameters)
                 if index in own["state"] and self.owner_of(keys[parameter]) == self.pipeline.stage
             }
@@ -107,7 +116,6 @@ def share_among_replicas(stages: int) -> None:
     Raises:
         ValueError: the processes do not make whole replicas.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if world % stages:
-        raise ValueError(f"--pipeline-stages: got {stages}, expected a divisor of the {world} processes")
-    share_among(rank // stages, world // stages)
+    if world_size() % stages:
+        raise ValueError(f"--pipeline-stages: got {stages}, expected a divisor of the {world_size()} processes")
+    share_among(rank() // stages, world_size() // stages)
