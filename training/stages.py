@@ -62,7 +62,7 @@ class Stages:
         )
         owners = {name: number for number, part in enumerate(parts) for name, _ in part.named_children()}
         self.owner = {f"model.{name}.": number for name, number in owners.items()}
-        self.owner |= {f"feedback.{feedback_name(point)}": owners[point.partition(".")[0]] for point in net.points}
+        self.owner |= {f"feedback.{feedback_name(point)}.": owners[point.partition(".")[0]] for point in net.points}
         for name in self.pipeline.net.feedback.state_dict():  # its B is the whole net's
             setattr(self.pipeline.net.feedback, name, getattr(net.feedback, name))
         blocks = [[name for name, _ in part.named_children()] for part in parts]
@@ -80,7 +80,7 @@ class Stages:
 
     def owner_of(self, key: str) -> int:
         """The stage that trains what has this key in the net's state dict."""
-        return next(number for start, number in self.owner.items() if key.startswith(start))
+        return next(number for start, number in self.owner.items() if f"{key}.".startswith(start))
 
     def bring_together(self) -> None:
         """Let every process of this replica have what each stage has made of its part of the net."""
