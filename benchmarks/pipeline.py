@@ -40,7 +40,7 @@ from benchmarks.raw import MEASURED, write_raw
 from feedback.pipeline import Pipeline, balanced_cuts, costs_of, parts_of
 from models import VGG, AlexNet
 from training.arguments import positive_int
-from training.launch import free_port
+from training.launch import LAST_TENSORS_S, free_port
 from training.machine import hardware, reuse_memory
 
 WARM_UP, STEPS = 2, 2  # untimed steps of each way; steps in a row that are timed together
@@ -324,6 +324,7 @@ def work(rank: int, url: str, args: argparse.Namespace) -> None:
             timeline(rows, args.out / f"{name}_timeline.png")
     dist.barrier()
     dist.destroy_process_group()
+    time.sleep(LAST_TENSORS_S)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import signal
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main
 from feedback import RULES, DirectFeedback
 from training.batches import Data
+from training.launch import LAST_TENSORS_S
 from training.run import DivergedError, Run, StoppedError
 
 POINTS = ("0", "2")
@@ -99,3 +101,4 @@ def run(rank, world, port, modes, steps, folder):
     except StoppedError as error:
         Path(f"{folder}/stopped-{rank}.txt").write_text(f"{error.status} {error}")
     dist.destroy_process_group()
+    time.sleep(LAST_TENSORS_S)

@@ -1,6 +1,7 @@
 """What each process of tests/test_pipeline.py runs; a module of its own, so that spawned processes can import it."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from variants import VARIANTS
 
 from feedback import RULES, DirectFeedback
 from feedback.pipeline import Pipeline, parts_of
+from training.launch import LAST_TENSORS_S
 
 DIRECT = {name: (rule, options) for name, (rule, options) in VARIANTS.items() if not RULES[rule].chained}
 POINTS = ("one", "two", "three")
@@ -145,6 +147,7 @@ def run_replicas(rank, world, port, folder):
         results[name] = {key: value for state in states for key, value in state.items()}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    time.sleep(LAST_TENSORS_S)
 
 
 CASES = [(name, stages, m, {}) for name in DIRECT for stages in CUTS for m in (1, 2, 4)]
@@ -185,3 +188,4 @@ def run(rank, world, port, folder, cases):
                 results[name, stages, micro_batches, *given] = {"state": merged, "logits": logits, "losses": losses}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    time.sleep(LAST_TENSORS_S)

@@ -105,9 +105,11 @@ def test_a_signal_while_testing_is_obeyed_there_and_loses_nothing(run, tmp_path,
     flags = ("--epochs", 2, "--test-batch-size", 4)
     assert run(*flags, out="straight") == 0
     whole_images = main.whole_images
+    handler = signal.signal(number, signal.SIG_DFL)  # nohup has the tests ignore SIGHUP
     with monkeypatch.context() as patch:
         patch.setattr(main, "whole_images", with_signals)
         assert run(*flags, out="stopped") == 128 + number
+    signal.signal(number, handler)
     stopped = checkpoint(tmp_path / "stopped")
     assert stopped["epoch"] == 0 and stopped["ranks"][0]["tally"]["seen"] == 40
     assert run("--resume", tmp_path / "stopped") == 0
