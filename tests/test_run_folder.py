@@ -54,6 +54,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(run, tmp_path, caps
     assert run(*resume) == 0
 
 
+@pytest.mark.slow
 def test_of_two_runs_started_together_one_is_refused(script, tmp_path):
     both = [script("--epochs", 3, "--seed", seed, "--out", tmp_path / "run") for seed in (1, 2)]
     errors = [process.communicate(timeout=100)[1] for process in both]
@@ -171,6 +172,7 @@ def test_the_line_that_resumes_can_be_pasted_into_a_shell(run, tmp_path, change_
     assert shlex.split(line) == ["python", "main.py", "--resume", str(folder)]
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_stops_nothing(script, tmp_path):
     process = script("--epochs", 2, "--out", tmp_path / "run")
     process.stdout.readline()
@@ -180,6 +182,7 @@ def test_a_reader_that_goes_away_stops_nothing(script, tmp_path):
     assert checkpoint(tmp_path / "run")["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_from_the_start_stop_nothing(script, tmp_path):
     process = script("--epochs", 1, "--out", tmp_path / "run", preexec_fn=lambda: os.closerange(1, 3))
     process.communicate(timeout=100)
@@ -238,6 +241,7 @@ def test_a_disk_that_is_full_at_the_end_of_an_epoch_keeps_the_last_checkpoint(ru
     assert run("--resume", tmp_path / "run", "--epochs", 2) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_that_need_the_data_fetch_them_once(script, tmp_path):
     """The first to come is as one that still fetches; the second waits, and trains on what has arrived."""
     folder = tmp_path / "new"
