@@ -263,7 +263,8 @@ class DirectFeedback(nn.Module):
 
     def _run(self, x: Tensor, under_way: _Pass) -> tuple[Tensor, list[Tensor]]:
         self._hooks.under_way = under_way
-        self._hooks.last = under_way._replace(taps={}, zeros=None if under_way.zeros is None else [])
+        if not torch.compiler.is_compiling():
+            self._hooks.last = under_way._replace(taps={}, zeros=None if under_way.zeros is None else [])
         try:
             logits = self.model(x)
         finally:
