@@ -30,7 +30,7 @@ from training.distributed import print_once, world_size
 from training.evaluate import evaluate, in_a_line, measure_angles
 from training.launch import refuse_torchrun
 from training.machine import reuse_memory
-from training.optim import SCHEDULES, autocast, learning_rates, make_optimizers, set_learning_rates, wrap
+from training.optim import autocast, learning_rates, make_optimizers, set_learning_rates, wrap
 from training.run import Run, RunEndedError, plural
 
 IMAGE_SIZE = 32
@@ -48,7 +48,6 @@ def make_parser() -> Parser:
     training, data, run = groups
     add = training.add_argument
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (original: 64)")
-    add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (original: constant)")
     add("--fc-norm", action=BooleanOptionalAction, default=False, help="batch norm in fc1 (original: none)")
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
     add = data.add_argument
@@ -71,9 +70,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
     args.epochs = 1 if args.dry_run else args.epochs
     if args.fc_norm and args.batch_size == 1:
         parser.error("--batch-size: got 1, expected 2 or more for --fc-norm: a batch norm compares images")
-    if checkpoint is not None and args.schedule != "constant" and checkpoint["args"]["epochs"] != args.epochs:
-        laid_out = plural(checkpoint["args"]["epochs"], "epoch")
-        parser.error(f"--epochs: --schedule {args.schedule} was laid out for {laid_out}: start a new run")
     return args, checkpoint, parser
 
 

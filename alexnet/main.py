@@ -50,7 +50,17 @@ from training.stages import Stages, share_among_replicas
 
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = ("recipe", "arch", "train_mode", "dataset", "b_update", "b_scale", "seed", "image_size")
+FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = (
+    "recipe",
+    "arch",
+    "train_mode",
+    "dataset",
+    "b_update",
+    "b_scale",
+    "seed",
+    "image_size",
+    "schedule",
+)
 # no part of the experiment: not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "limit_batches"}
 OF_THE_STAGES = {"pipeline_stages", "micro_batches"}
@@ -62,7 +72,6 @@ NOT_KEPT = OF_THE_RUN | OF_THE_STAGES | OF_THE_PROCESSES | {"multiprocessing_dis
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="alexnet/main.py", description=__doc__)
-    parser.set_defaults(schedule="constant")
     training, data, run = add_common_arguments(
         parser, epochs=90, lr=0.1, wd=1e-4, b_lr=0.01, b_wd=1e-4, gamma=1.0, b_scale=0.0
     )

@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import pytest
 
 import main
 from training.synthetic import synthetic_images
+
+
+def pytest_configure(config):
+    """Hide the GPUs, if there are any, from tests of a CPU."""
+    chosen = config.option.markexpr
+    if "cuda" not in chosen or "not cuda" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from feedback import RULES, UPDATES, learned_rules
 from training.checkpoint import CONTENT, TRAINED, find_checkpoint, load_checkpoint
 
+SCHEDULES = ("constant", "one-cycle")
 RECIPES = Path(__file__).parent / "recipes.json"  # of each net: the best flags of each rule; what else is known
 
 
@@ -114,6 +115,7 @@ def add_common_arguments(
     add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"resumed ones too (default: {epochs})")
     add("--lr", type=nonnegative_float, default=lr, help=f"learning rate of SGD for the weights (original: {lr:g})")
     add("--wd", "--weight-decay", type=nonnegative_float, default=wd, help=f"of the weights (original: {wd:g})")
+    add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (original: constant)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
     add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory: faster")
     add("--seed", type=seed, default=1, help="of weights, B and data order (default: 1)")
@@ -251,6 +253,9 @@ def parse_run_arguments(
             if getattr(args, key) != had:
                 parser.error(f"{flag(key)}: the run in {args.resume} has {had}, got {getattr(args, key)}")
         args.resume = str(path)
+        if args.schedule != "constant" and checkpoint["args"]["epochs"] != args.epochs:
+            laid_out = checkpoint["args"]["epochs"]
+            parser.error(f"--epochs: --schedule {args.schedule} was laid out for {laid_out}: start a new run")
         if args.b_update == "inplace" and follows_w(argparse.Namespace(**checkpoint["args"])):
             args.b_lr = args.b_lr if args.b_lr != checkpoint["args"]["b_lr"] else None
     elif uses:

@@ -9,7 +9,6 @@ from torch import Tensor
 from feedback import RULES, DirectFeedback
 from models import Net
 
-SCHEDULES = ("constant", "one-cycle")
 WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
 
 
