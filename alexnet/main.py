@@ -50,7 +50,7 @@ from training.stages import Stages, share_among_replicas
 
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = (
+FIXED_BY_THE_CHECKPOINT = (
     "recipe",
     "arch",
     "train_mode",
