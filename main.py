@@ -28,8 +28,9 @@ from training.classify import classify
 from training.data import load_images
 from training.distributed import print_once, world_size
 from training.evaluate import evaluate, in_a_line, measure_angles
+from training.graph import as_graph
 from training.launch import refuse_torchrun
-from training.machine import reuse_memory
+from training.machine import reuse_memory, set_arithmetic
 from training.optim import autocast, learning_rates, make_optimizers, set_learning_rates, wrap
 from training.run import Run, RunEndedError, plural
 
@@ -37,7 +38,8 @@ IMAGE_SIZE = 32
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = ("recipe", "train_mode", "dataset", "b_update", "b_scale", "batch_size")
 FIXED_BY_THE_CHECKPOINT += ("seed", "precision", "dry_run", "fc_norm", "schedule", "validation")
-NOT_KEPT = {"out", "resume", "evaluate", "classify"}  # no part of the experiment: not in the checkpoint
+# no part of the experiment: not in the checkpoint
+NOT_KEPT = {"out", "resume", "evaluate", "classify", "cuda_graph", "no_cuda"}
 
 
 def make_parser() -> Parser:
@@ -49,6 +51,7 @@ def make_parser() -> Parser:
     add = training.add_argument
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (original: 64)")
     add("--fc-norm", action=BooleanOptionalAction, default=False, help="batch norm in fc1 (original: none)")
+    add("--cuda-graph", action="store_true", help="on a GPU: replay the training step as a CUDA graph")
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
     add = data.add_argument
     add("--dataset", choices=("cifar10", "synthetic"), help="default: cifar10; synthetic if it cannot be had")
@@ -68,6 +71,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
     args, checkpoint = parse_run_arguments(parser, argv, "ConvNet", FIXED_BY_THE_CHECKPOINT)
     refuse_torchrun(parser)
     args.epochs = 1 if args.dry_run else args.epochs
+    if args.cuda_graph and (args.no_cuda or not torch.cuda.is_available()):
+        parser.error("--cuda-graph needs a GPU" + (", and got --no-cuda" if args.no_cuda else ", and there is none"))
     if args.fc_norm and args.batch_size == 1:
         parser.error("--batch-size: got 1, expected 2 or more for --fc-norm: a batch norm compares images")
     return args, checkpoint, parser
@@ -87,22 +92,27 @@ def train(
         RunEndedError: the run ends early; its message and status say how.
     """
     precision = autocast(args, run.device)
+
+    def step(x: Tensor, y: Tensor, weight: float) -> Tensor:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with precision:
+            logits = train_net(x, y)
+            loss = F.cross_entropy(logits, y)
+        values = run.watch(loss, logits, y)
+        (loss if weight == 1 else loss * weight).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return values
+
+    take_step = as_graph(step) if args.cuda_graph else step
     with run:
         while run.epoch < run.epochs:
             net.train()
             for x, y, weight in run.batches():
                 rates = learning_rates(args, run.epoch + 1, run.step + 1, run.steps)
                 set_learning_rates(rates, optimizers, net)
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                with precision:
-                    logits = train_net(x, y)
-                    loss = F.cross_entropy(logits, y)
-                loss_value = run.check(loss, len(y))
-                (loss * weight).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                run.count(loss_value, logits, y)
+                run.count(take_step(x, y, weight), len(y))
             tested = evaluate(net, run.test_batches(), precision)
             angles = measure_angles(net, data.probe, precision)
             run.end_epoch(tested, angles, learning_rates(args, run.epoch + 1, run.steps, run.steps))
@@ -146,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, or the one of the error that ended the run."""
     args, checkpoint, parser = parse_arguments(argv)
     reuse_memory()
+    set_arithmetic(args.tf32, args.deterministic)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     try:
         if args.classify is not None and checkpoint is not None:

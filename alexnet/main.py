@@ -43,7 +43,7 @@ from training.classify import classify
 from training.data import load_images
 from training.distributed import barrier, gather, print_once, rank, world_size
 from training.launch import check, device_of, launch, processes_per_node, under_torchrun
-from training.machine import reuse_memory
+from training.machine import reuse_memory, set_arithmetic
 from training.optim import make_optimizers, wrap
 from training.run import DIVERGED, DIVERGED_MARK, Run
 from training.stages import Stages, share_among_replicas
@@ -62,7 +62,8 @@ FIXED_BY_THE_CHECKPOINT = (
     "schedule",
 )
 # no part of the experiment: not in the checkpoint
-OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "limit_batches"}
+OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "compile_mode"}
+OF_THE_RUN |= {"limit_batches", "cuda_graph"}
 OF_THE_STAGES = {"pipeline_stages", "micro_batches"}
 OF_THE_PROCESSES = {"world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "gpu", "nprocs_per_node"}
 OF_THE_FOLDERS = {"data", "out", "resume", "workers"}  # where a node has them
@@ -72,6 +73,7 @@ NOT_KEPT = OF_THE_RUN | OF_THE_STAGES | OF_THE_PROCESSES | {"multiprocessing_dis
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="alexnet/main.py", description=__doc__)
+    parser.set_defaults(cuda_graph=False)
     training, data, run = add_common_arguments(
         parser, epochs=90, lr=0.1, wd=1e-4, b_lr=0.01, b_wd=1e-4, gamma=1.0, b_scale=0.0
     )
@@ -87,6 +89,7 @@ def make_parser() -> Parser:
     )
     add("--momentum", type=below_one, default=0.9, help="of SGD, below 1 (default: 0.9)")
     add("--compile", action="store_true", help="compile the net with torch.compile")
+    add("--compile-mode", choices=("default", "reduce-overhead"), help="of torch.compile (default: default)")
     add("--pipeline-stages", type=positive_int, metavar="P", help="cut the net into P stages, a process each")
     add("--micro-batches", type=positive_int, metavar="M", help="pieces of a batch that pass the stages (default: 1)")
     add = data.add_argument
@@ -123,12 +126,17 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     check(args, parser)
     if args.image_size < AlexNet.smallest_image:
         parser.error(f"--image-size: got {args.image_size}, expected {AlexNet.smallest_image} or more")
+    if args.deterministic and torch.cuda.is_available() and args.image_size not in AlexNet.exact_images:
+        sizes = f"{AlexNet.exact_images.start} to {AlexNet.exact_images.stop - 1}"
+        parser.error(f"--deterministic: on a GPU --image-size must be {sizes}, where the last pool has nothing to do")
     if args.workers is not None and args.dataset != "imagenet":
         print("-j is for --dataset imagenet alone: the CIFAR sets lie on the device", file=sys.stderr)
     if args.start_epoch and checkpoint is not None:
         parser.error("--start-epoch does not go with --resume: the checkpoint knows its epoch")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch: got {args.start_epoch}, expected less than --epochs {args.epochs}")
+    if args.compile_mode is not None and not args.compile:
+        parser.error("--compile-mode needs --compile")
     check_stages(args, parser)
     shares = max(1, processes_per_node(args) // (args.pipeline_stages or 1))
     if args.batch_size < 2 * shares * (args.micro_batches or 1):
@@ -213,6 +221,7 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
     Where torchrun has `restarted` the job, it goes on from its own last checkpoint.
     """
     reuse_memory()
+    set_arithmetic(args.tf32, args.deterministic)
     refuse_different_arguments(args)
     if args.pipeline_stages is not None:
         try:
@@ -258,7 +267,7 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
         # BatchNorm normalises by each rank's own batch; its running statistics are averaged before they are used
         train_net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:
-        net.compile()
+        net.compile(mode=args.compile_mode)
     run = Run(
         folder,
         net,

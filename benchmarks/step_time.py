@@ -8,8 +8,9 @@ round by round, so that a ratio is of steps that ran seconds apart. For each net
     floor           forward and weight gradients only; the learning signals at the points are given for nothing
     DFA, DKP        `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
 
-With `--device cuda --streams` the step captured as a CUDA graph is also timed with each block on a stream of its own,
-where its backward pass may run beside those of others; BP, whose blocks wait for one another, keeps to one stream.
+With `--device cuda` every step runs eager, compiled and captured as a CUDA graph. `--executions graph-streams` is a graph
+with each block on a stream of its own, where its backward may run beside those of others. BP, whose blocks wait for one
+another, keeps to one stream.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from training.arguments import positive_int
 from training.machine import hardware, reuse_memory
 
 WARM_UP = 3  # untimed steps of each variant
+STEPS_PER_SAMPLE, GPU_WARM_UP_S = 20, 0.5  # on a GPU
 VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or None where there is no wrapper
     "BP": None,
     "floor": None,
@@ -65,16 +67,16 @@ class Cell(NamedTuple):
         return (ConvNet, 32, 10) if self.net == "ConvNet" else (AlexNet, 224, 100)
 
 
-def cells(device: torch.device, quick: bool, streams: bool = False) -> list[Cell]:
+def cells(device: torch.device, quick: bool, nets: Sequence[str], executions: Sequence[str]) -> list[Cell]:
     """What to time on `device`: on a CPU, both memory formats; on CUDA, precisions and executions, in channels_last."""
     if device.type == "cpu":
         ways = [("contiguous", "fp32", "eager"), ("channels_last", "fp32", "eager")]
         sizes = [("ConvNet", 64), ("ConvNet", 512), ("AlexNet", 32), ("AlexNet", 128)]
     else:
-        executions = ["eager", "compiled", "graph", *(["graph-streams"] if streams else [])]
         ways = list(itertools.product(["channels_last"], ["fp32", "bf16"], executions))
         sizes = [("ConvNet", 64), ("ConvNet", 512), ("AlexNet", 256)]
-    return [Cell(net, 2 if quick else batch, ways) for net, batch in (sizes[:1] if quick else sizes)]
+    sizes = sizes[:1] if quick else [size for size in sizes if size[0] in nets]
+    return [Cell(net, 2 if quick else batch, ways) for net, batch in sizes]
 
 
 def floor_forward(model: Net) -> Forward:
@@ -198,12 +200,29 @@ def capture(step: Step) -> Step:
 
 
 def seconds(step: Step, device: torch.device) -> float:
-    """How long one step takes, to its end on the device."""
-    start = time.perf_counter()
-    step()
+    """How long one step takes; on a GPU, by its own clock, the mean of `STEPS_PER_SAMPLE` that follow one another."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(STEPS_PER_SAMPLE):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / STEPS_PER_SAMPLE
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def warm_up(step: Step, device: torch.device) -> None:
+    """Run untimed steps; on a GPU for half a second, so that its clock has risen."""
+    begin = time.perf_counter()
+    for number in itertools.count(1):
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= WARM_UP and (device.type == "cpu" or time.perf_counter() - begin > GPU_WARM_UP_S):
+            return
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
@@ -233,8 +252,7 @@ def measure(cell: Cell, device: torch.device, rounds: int, bar: tqdm) -> Iterato
     steps = {(way, variant): make_step(cell, variant, way, device) for way in cell.ways for variant in VARIANTS}
     memory = {}
     for key, step in steps.items():
-        for _ in range(WARM_UP):
-            step()
+        warm_up(step, device)
         way, variant = key
         if variant != "floor" and way[2] not in CAPTURED:  # its signals are kept; a graph's memory is
             memory[key] = peak_bytes(step, device) / 1e6
@@ -308,7 +326,9 @@ def main() -> None:
     """Measure, print the table, write JSON and PNG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--streams", action="store_true", help="CUDA: also with each block on a stream of its own")
+    nets, executions = ("ConvNet", "AlexNet"), ("eager", "compiled", *CAPTURED)
+    parser.add_argument("--nets", nargs="+", choices=nets, default=nets, help="default: both")
+    parser.add_argument("--executions", nargs="+", choices=executions, help="CUDA: default all but graph-streams")
     parser.add_argument("--rounds", type=positive_int, default=60, help="timed steps of each variant (default: 60)")
     parser.add_argument(
         "--out", type=Path, default=MEASURED, metavar="DIR", help="of JSON and PNG (default: runs/benchmarks)"
@@ -319,14 +339,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
-    if args.streams and args.device != "cuda":
-        parser.error("--streams goes with --device cuda")
+    if args.executions and args.device != "cuda":
+        parser.error("--executions goes with --device cuda")
     if args.rounds < 2:
         parser.error("--rounds: quartiles take 2 or more")
     device = torch.device(args.device)
     reuse_memory()
     rounds = 3 if args.quick else args.rounds
-    todo = cells(device, args.quick, args.streams)
+    todo = cells(device, args.quick, args.nets, args.executions or executions[:3])
     rows: list[dict[str, Any]] = []
     total = sum(rounds * len(cell.ways) * len(VARIANTS) for cell in todo)
     with tqdm(total=total, unit="step", leave=False, disable=None) as bar:

@@ -24,6 +24,7 @@ def direct_feedback(
     inplace_lr: float | Tensor | None = None,
     inplace_weight_decay: float | Tensor = 0.0,
     group: Any = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
     """Return `logits` unchanged; in the backward pass, route the error at them straight to each activation.
 
@@ -41,9 +42,10 @@ def direct_feedback(
             `F.cross_entropy`, is left out. Scaling the loss does not scale the terms that the rule computes from them.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. A number;
-            pass a 0-d CPU tensor to change it without recompiling.
+            pass a 0-d Tensor, on a GPU beside B, to change it without recompiling, or in a captured graph.
         inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD; likewise.
         group: the process group over which that step first averages e^T @ h; by default all ranks there are.
+        found_inf: a 0-d float Tensor beside B; while it is 1, that step leaves B as it is, as in torch's optimisers.
 
     Raises:
         ValueError: logits that are not a Tensor (N, K); an activation or a matrix of another shape; not as many
@@ -58,12 +60,17 @@ def direct_feedback(
         check_point(h, feedback, len(logits), logits.shape[1], f" {i}")
     if rule in RULES and RULES[rule].needs_target:
         check_target(target, *logits.shape)
-    lr = decay = None
+    lr = inplace_lr if isinstance(inplace_lr, Tensor) else None
+    decay = None
     if inplace_lr is not None:
-        lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (inplace_lr, inplace_weight_decay))
+        if lr is None:
+            dtype = torch.float32 if logits.is_cuda else torch.float64
+            lr = torch.full((), float(inplace_lr), dtype=dtype, device=logits.device)
+        decay = torch.as_tensor(inplace_weight_decay, dtype=torch.float64)
         refuse_float16(logits)
+    options: dict[str, Any] = {"rule": rule, "target": target, "group": group, "found_inf": found_inf}
     zeros = [
-        feedback_point(h, feedback, rule=rule, target=target, inplace_lr=lr, inplace_weight_decay=decay, group=group)
+        feedback_point(h, feedback, inplace_lr=lr, inplace_weight_decay=decay, **options)
         for h, feedback in zip(activations, matrices, strict=True)
     ]
     return broadcast_error(logits, zeros)

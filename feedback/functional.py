@@ -15,14 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.optim.sgd import sgd
 
 from feedback.checks import check_logits, check_point, refuse_float16, shape_of
 from feedback.layout import as_rows, from_rows, images_at_a_time, is_channels_last
 from feedback.rules import RULES
 
+MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8 and newer
+
 
 class FeedbackPoint(torch.autograd.Function):
-    """The forward pass returns zeros (N, K). In the backward pass their gradient is e = dL/dlogits; from e it computes
+    """The forward pass returns an empty (N, K). In the backward pass its gradient is e = dL/dlogits; from e it computes
 
         grad_h = sent @ B                (N, D)  sent is e but for rules that say otherwise: DFA, Nokland 2016
         grad_B = correlated^T @ h        (K, D)  where B learns: e for DKP, Webster, Choi, Ahn 2020
@@ -40,28 +43,30 @@ class FeedbackPoint(torch.autograd.Function):
         inplace_lr: Tensor | None,
         inplace_weight_decay: Tensor | None,
         group: Any,
+        found_inf: Tensor | None,
         target: Tensor | None,
         h: Tensor,
         feedback: Tensor,
     ) -> Tensor:
         # as attributes: a checkpointed block runs again in the backward pass, and would save what is newest
-        ctx.rule, ctx.dtype, ctx.target, ctx.step = rule, h.dtype, target, (inplace_lr, inplace_weight_decay, group)
+        ctx.rule, ctx.dtype, ctx.target = rule, h.dtype, target
+        ctx.step = inplace_lr, inplace_weight_decay, group, found_inf
         learns = feedback.requires_grad or inplace_lr is not None
         # `.data` skips autograd's version check: another backward pass may step B in place before this one runs
         saved = feedback if inplace_lr is None else feedback.data
         ctx.save_for_backward(saved, h if learns else None)
-        return h.new_zeros(len(h), len(feedback))
+        return h.new_empty(len(h), len(feedback))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
         feedback, h = ctx.saved_tensors
-        rule, target, (inplace_lr, inplace_weight_decay, group) = RULES[ctx.rule], ctx.target, ctx.step
+        rule, target, inplace_lr = RULES[ctx.rule], ctx.target, ctx.step[0]
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)
         error = error_NK.to(ctx.dtype)
         grad_h = grad_feedback = None
-        if rule.sent is not None and ctx.needs_input_grad[5]:
+        if rule.sent is not None and ctx.needs_input_grad[6]:
             sent_NK = rule.sent(error, None, feedback_KD, target)
             grad_h_ND = learning_signal(sent_NK, feedback_KD.to(ctx.dtype))
             grad_h = from_rows(grad_h_ND, feedback.shape[1:], channels_last)
@@ -69,13 +74,12 @@ class FeedbackPoint(torch.autograd.Function):
             h_ND = as_rows(h, channels_last)
             correlated_NK = rule.correlated(error, h_ND, feedback_KD.to(ctx.dtype), target)
             if inplace_lr is not None:  # after the signal, which the old B gives
-                correlated_NK, h_ND = correlated_NK.to(feedback.dtype), h_ND.to(feedback.dtype)
-                step_in_place(feedback_KD, correlated_NK, h_ND, inplace_lr, inplace_weight_decay, group)
-            elif ctx.needs_input_grad[6]:
+                step_in_place(feedback_KD, correlated_NK.to(ctx.dtype), h_ND, *ctx.step)
+            elif ctx.needs_input_grad[7]:
                 new_KD = feedback_KD.new_empty(feedback_KD.shape, dtype=ctx.dtype)
                 grad_feedback_KD = add_correlation(new_KD, correlated_NK.to(ctx.dtype), h_ND).to(feedback.dtype)
                 grad_feedback = from_rows(grad_feedback_KD, feedback.shape[1:], channels_last)
-        return None, None, None, None, None, grad_h, grad_feedback
+        return None, None, None, None, None, None, grad_h, grad_feedback
 
 
 class Broadcast(torch.autograd.Function):
@@ -111,19 +115,47 @@ def add_correlation(out_KD: Tensor, error_NK: Tensor, h_ND: Tensor, beta: float 
 
 
 def step_in_place(
-    feedback_KD: Tensor, error_NK: Tensor, h_ND: Tensor, lr: Tensor, weight_decay: Tensor, group: Any
+    feedback_KD: Tensor,
+    error_NK: Tensor,
+    h_ND: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    group: Any,
+    found_inf: Tensor | None,
 ) -> None:
-    """B <- B - lr (e^T @ h + wd B) where B lies; with several ranks, e^T @ h is averaged over them first."""
+    """B <- B - lr (e^T @ h + wd B) where B lies; with several ranks, e^T @ h is averaged over them first.
+
+    B stays as it is where `found_inf` is 1. On a GPU nothing is read back: lr and `found_inf` stay there.
+    """
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    compiling = torch.compiler.is_compiling()
+    dtype, on_host = feedback_KD.dtype, not (compiling or lr.is_cuda)
+    if on_host and found_inf is not None and found_inf:
+        return
+    if on_host and ranks == 1:
+        step, decay = lr.item(), weight_decay.item()
+        add_correlation(feedback_KD, error_NK.to(dtype), h_ND.to(dtype), beta=1 - step * decay, alpha=-step)
+        return
+    grad_feedback_KD = correlation(error_NK, h_ND, dtype)
     if ranks > 1:
-        grad_feedback_KD = error_NK.T @ h_ND
         dist.all_reduce(grad_feedback_KD, group=group)
-        feedback_KD.mul_(1 - lr * weight_decay).sub_(grad_feedback_KD.mul_(lr / ranks))
-    elif torch.compiler.is_compiling():  # lr stays a tensor: a new value must not recompile the net
-        feedback_KD.mul_(1 - lr * weight_decay).sub_((lr * error_NK).T @ h_ND)
+        grad_feedback_KD.div_(ranks)
+    if on_host:
+        feedback_KD.mul_(1 - lr * weight_decay).sub_(grad_feedback_KD.mul_(lr))
+    elif compiling:  # lr stays a tensor: a new value must not recompile the net
+        new_KD = feedback_KD * (1 - lr * weight_decay) - lr * grad_feedback_KD
+        feedback_KD.copy_(new_KD if found_inf is None else torch.where(found_inf == 1, feedback_KD, new_KD))
     else:
-        step = lr.item()
-        add_correlation(feedback_KD, error_NK, h_ND, beta=1 - step * weight_decay.item(), alpha=-step)
+        options: dict[str, Any] = {"fused": True, "lr": lr, "found_inf": found_inf, "weight_decay": weight_decay.item()}
+        plain: dict[str, Any] = {"momentum": 0, "dampening": 0, "nesterov": False, "maximize": False}
+        sgd([feedback_KD], [grad_feedback_KD], [None], **options, **plain)
+
+
+def correlation(error_NK: Tensor, h_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """e^T @ h, (K, D), in `dtype`; on a GPU, of bfloat16 factors without a copy of them, where torch can."""
+    if error_NK.is_cuda and error_NK.dtype != dtype and MM_HAS_OUT_DTYPE and not torch.compiler.is_compiling():
+        return torch.mm(error_NK.T, h_ND, out_dtype=dtype)
+    return error_NK.to(dtype).T @ h_ND.to(dtype)
 
 
 def feedback_point(
@@ -136,14 +168,17 @@ def feedback_point(
     inplace_lr: Tensor | None = None,
     inplace_weight_decay: Tensor | None = None,
     group: Any = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
-    """Return a zero (N, K) for `broadcast_error`: in the backward pass it takes e to `h` and to B.
+    """Return an empty (N, K) for `broadcast_error`: in the backward pass it takes e to `h` and to B.
 
     Args:
         h: (N, ...), still attached to its own block's graph; what flows on from it is to be detached.
         feedback: B, (K, *h.shape[1:]).
         name: of the point, for messages.
-        rule, inplace_lr, inplace_weight_decay, group: as in `direct_feedback`; the second and third Tensors.
+        rule, inplace_lr, inplace_weight_decay, group: as in `direct_feedback`; the second and third 0-d Tensors, on a
+            GPU the second beside B.
+        found_inf: as in `DirectFeedback`.
         target: as in `direct_feedback`, and checked before.
 
     Raises:
@@ -164,15 +199,15 @@ def feedback_point(
             )
         if not h.requires_grad:  # of a frozen block: B learns all the same
             h = h.detach().requires_grad_()
-    return FeedbackPoint.apply(rule, inplace_lr, inplace_weight_decay, group, target, h, feedback)
+    return FeedbackPoint.apply(rule, inplace_lr, inplace_weight_decay, group, found_inf, target, h, feedback)
 
 
 def broadcast_error(logits: Tensor, zeros: Sequence[Tensor]) -> Tensor:
-    """Return `logits` unchanged; in the backward pass, e = dL/dlogits also goes to each point's zero.
+    """Return `logits` unchanged; in the backward pass, e = dL/dlogits also goes to each point.
 
     Args:
         logits: (N, K), the network's output before the loss.
-        zeros: (N, K) each, from `feedback_point`.
+        zeros: (N, K) each, from `feedback_point`; only their gradients matter.
 
     Raises:
         ValueError: logits that are not a Tensor (N, K), or zeros of another shape.

@@ -44,6 +44,7 @@ class _Hooks:
         self.rule, self.feedback, self.group = rule, nn.Module(), group
         self.lr = None if lr is None else torch.tensor(lr, dtype=torch.float64)
         self.weight_decay = torch.tensor(weight_decay or 0.0, dtype=torch.float64)
+        self.found_inf: Tensor | None = None
         self.under_way: _Pass | None = None
         self.last: _Pass | None = None  # without its tensors but the target
 
@@ -61,6 +62,8 @@ class _Hooks:
         if under_way is None:
             return None
         cut = under_way.cut and not RULES[self.rule].chained
+        if self.lr is not None and h.is_cuda and not self.lr.is_cuda and not torch.compiler.is_compiling():
+            self.lr = self.lr.to(h.device, torch.float32)
         checks.check_tap(point, h, point in under_way.taps, cut)
         under_way.taps[point] = h, version(h)
         if cut and under_way.zeros is not None:
@@ -74,6 +77,7 @@ class _Hooks:
                     inplace_lr=self.lr,
                     inplace_weight_decay=self.weight_decay,
                     group=self.group,
+                    found_inf=self.found_inf,
                 )
             )
         return h.detach() if cut else None
@@ -151,6 +155,7 @@ class DirectFeedback(nn.Module):
         self.points = tuple(points)
         self.rule = rule
         self.update = update
+        self._feedback_lr = feedback_lr
         self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay, group)
         self.feedback = hooks.feedback
         # partial of a bound method: a deep copy's hooks then belong to the copy
@@ -210,19 +215,30 @@ class DirectFeedback(nn.Module):
 
     @property
     def feedback_lr(self) -> float | None:
-        """Learning rate of B in place, or None where an optimiser has it."""
-        return None if self._hooks.lr is None else self._hooks.lr.item()
+        """Learning rate of B in place, or None where an optimiser has it; a captured graph obeys a new one."""
+        return self._feedback_lr
 
     @feedback_lr.setter
     def feedback_lr(self, value: float) -> None:
         if self.update != "inplace":
             raise ValueError(f'feedback_lr goes with update="inplace", got {value} with update={self.update!r}')
-        self._hooks.lr = torch.tensor(value, dtype=torch.float64)
+        if self._hooks.lr is not None and value != self._feedback_lr:
+            self._hooks.lr.fill_(value)
+        self._feedback_lr = value
 
     @property
     def feedback_weight_decay(self) -> float:
         """Weight decay of B in place."""
         return self._hooks.weight_decay.item()
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """A 0-d float Tensor beside B, if set: while it is 1, B in place stays as it is (as in fused optimisers)."""
+        return self._hooks.found_inf
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor) -> None:
+        self._hooks.found_inf = value
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the model's logits (N, K).

@@ -18,6 +18,17 @@ def conv_block(in_channels: int, out_channels: int, pool: bool = False, **shape:
     return block
 
 
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """The same, but for maps that have the output's size already: they pass.
+
+    On CUDA the backward pass of torch's is not deterministic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, S, S)."""
+        return x if x.shape[2:] == (self.output_size, self.output_size) else super().forward(x)
+
+
 class AlexNet(nn.Module):
     """Five convolutions with batch norm and three linear layers, for images of 63x63 pixels or more.
 
@@ -29,6 +40,7 @@ class AlexNet(nn.Module):
 
     points = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2")
     smallest_image = 63  # pixels a side: below, nothing is left for the last pool
+    exact_images = range(223, 255)  # pixels a side from which conv5's maps are 6x6 before the last pool already
 
     def __init__(self, num_classes: int = 100) -> None:
         super().__init__()
@@ -37,7 +49,7 @@ class AlexNet(nn.Module):
         self.conv3 = conv_block(192, 384, kernel_size=3, padding=1)
         self.conv4 = conv_block(384, 256, kernel_size=3, padding=1)
         self.conv5 = conv_block(256, 256, pool=True, kernel_size=3, padding=1)
-        self.conv5.append(nn.AdaptiveAvgPool2d(6)).append(nn.Flatten()).append(nn.Dropout())
+        self.conv5.append(AveragePool(6)).append(nn.Flatten()).append(nn.Dropout())
         self.fc1 = nn.Sequential(OrderedDict(linear=nn.Linear(256 * 6 * 6, 4096), relu=nn.ReLU(), dropout=nn.Dropout()))
         self.fc2 = nn.Sequential(OrderedDict(linear=nn.Linear(4096, 4096), relu=nn.ReLU()))
         self.fc3 = nn.Linear(4096, num_classes)

@@ -74,9 +74,11 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None, signal_in_tes
         probe=next(batches(1, 0))[:2],
         fingerprint="",
     )
-    args = Namespace(epochs=1, lr=0.02, schedule="constant", train_mode=net.rule, precision="fp32", gamma=1)
-    args.b_lr = net.feedback_lr or args.lr
-    optimizers = [torch.optim.SGD(learned, 0.02, momentum=0.9, weight_decay=0.01)]
+    args = Namespace(
+        epochs=1, lr=0.02, schedule="constant", train_mode=net.rule, precision="fp32", gamma=1, cuda_graph=False
+    )
+    args.b_lr, args.cuda_graph = net.feedback_lr or args.lr, False
+    optimizers = [torch.optim.SGD(learned, 0.02, momentum=0.9, weight_decay=0.01, fused=True)]
     kept = {"not_kept": set(), "command": "", "advice": "", "log_interval": 10}
     run = Run(Path(folder), net, optimizers, data, args, model="ConvNet", **kept)
     main.train(args, net, train_net, optimizers, data, run)

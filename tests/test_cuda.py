@@ -3,7 +3,9 @@
 Every rule, update of B, memory format and precision against one process on the CPU in float64.
 """
 
+import copy
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ import main
 from benchmarks.step_time import WARM_UP, capture, on_side_streams
 from feedback import RULES, DirectFeedback
 from models import AlexNet, ConvNet
+from training.run import DIVERGED, Run
 
 pytestmark = [
     pytest.mark.cuda,
@@ -97,23 +100,29 @@ def errors(got, exact):
     return {key: ((got[key] - exact[key]).norm() / exact[key].norm()).item() for key in exact}
 
 
+@functools.cache
+def of_plain_pytorch(make, side, dtype, memory_format):
+    """The largest error of a BP pass on the GPU: cuDNN's 5x5 convolutions are off by 1e-4 in contiguous float32."""
+    got = one_backward(make, side, "BP", {}, "cuda", dtype, memory_format)
+    return max(errors(got, on_the_cpu(make, side, "BP", False)).values())
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(("make", "side"), [(convnet, 32), (alexnet, 64)], ids=["ConvNet", "AlexNet"])
 def test_a_backward_pass_equals_the_cpus(name, memory_format, dtype, make, side):
-    rule, options = VARIANTS[name]
-    got = one_backward(make, side, rule, options, "cuda", dtype, memory_format)
+    got = one_backward(make, side, *VARIANTS[name], "cuda", dtype, memory_format)
     found = errors(got, on_the_cpu(make, side, name, False))
-    assert max(found.values()) < TOLERANCES[dtype], found
+    plain = of_plain_pytorch(make, side, dtype, memory_format)
+    assert plain < 1e-3 and max(found.values()) < max(TOLERANCES[dtype], TWICE * plain), found
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 def test_bfloat16_errs_at_most_twice_as_much_as_on_the_cpu(name, memory_format):
-    rule, options = VARIANTS[name]
     exact = on_the_cpu(convnet, 32, name, False)
-    got = errors(one_backward(convnet, 32, rule, options, "cuda", torch.float32, memory_format, bf16=True), exact)
+    got = errors(one_backward(convnet, 32, *VARIANTS[name], "cuda", torch.float32, memory_format, bf16=True), exact)
     on_cpu = errors(on_the_cpu(convnet, 32, name, True), exact)
     assert all(got[key] <= TWICE * on_cpu[key] + FLOOR for key in got), {key: (got[key], on_cpu[key]) for key in got}
 
@@ -131,19 +140,14 @@ def test_b_in_place_follows_its_equation_where_it_lies(rule, options):
     assert [B.data_ptr() for B in net.matrices()] == places
 
 
-def sgd(net, lr=0.01):
-    """The optimisers of main.py: SGD for the weights and KP's B, Adam for the other rules' B."""
-    weights = net.parameters() if net.rule == "KP" else net.model.parameters()
-    optimizers = [torch.optim.SGD(weights, lr, 0.9, nesterov=True, fused=True)]
-    if net.rule != "KP" and any(B.requires_grad for B in net.matrices()):
-        optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-3, fused=True))
-    return optimizers
-
-
-def make_step(rule, options, dtype=torch.float32, streams=False):
-    """A training step of ConvNet on one batch, and the net."""
+def make_step(rule, options, dtype=torch.float32, streams=False, capturable=False, lr=0.01):
+    """A training step of ConvNet on one batch by main.py's optimisers, the net, and them."""
+    options = options | ({"feedback_lr": 1e-3} if options else {})
     net, x, y = wrapped(convnet, 32, rule, options, "cuda", dtype, torch.channels_last)
-    optimizers = sgd(net)
+    weights = net.parameters() if rule == "KP" else net.model.parameters()
+    optimizers = [torch.optim.SGD(weights, lr, 0.9, nesterov=True, fused=True)]
+    if rule != "KP" and any(B.requires_grad for B in net.matrices()):
+        optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-3, fused=True, capturable=capturable))
     if streams:
         on_side_streams(net.model)
 
@@ -154,12 +158,12 @@ def make_step(rule, options, dtype=torch.float32, streams=False):
         for optimizer in optimizers:
             optimizer.zero_grad()
 
-    return step, net
+    return step, net, optimizers
 
 
 @each()
 def test_a_step_waits_for_nothing(rule, options):
-    step, _ = make_step(rule, options)
+    step, _, _ = make_step(rule, options)
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -176,38 +180,63 @@ def assert_same_net(got, expected, tolerance):
 
 @each()
 @pytest.mark.parametrize("streams", [False, True], ids=["plain", "streams"])
-def test_graph_replays_equal_eager_steps(rule, options, streams):
-    step, net = make_step(rule, options, torch.float64, streams)
+def test_graph_replays_equal_eager_steps_and_obey_new_learning_rates(rule, options, streams):
+    step, net, optimizers = make_step(rule, options, torch.float64, streams, capturable=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device="cuda")
+    eager, expected, of_eager = make_step(rule, options, torch.float64)
     replay = capture(step)
-    for _ in range(5):
-        replay()
-    eager, expected = make_step(rule, options, torch.float64)
-    for _ in range(WARM_UP + 5):
+    for _ in range(WARM_UP):
         eager()
-    assert_same_net(net, expected, 1e-9)
+    for number in range(1, 6):
+        for optimizer, other in zip(optimizers, of_eager, strict=True):
+            other.param_groups[0]["lr"] = 0.01 / number
+            optimizer.param_groups[0]["lr"].fill_(0.01 / number)
+        if options:
+            net.feedback_lr = expected.feedback_lr = 1e-3 / number
+        replay()
+        eager()
+    assert_same_net(net, expected, 1e-7)  # the learning rates are float32 in the graph
 
 
 @each("DFA", "DKP-inplace")
 def test_side_streams_are_joined(rule, options):
-    eager, expected = make_step(rule, options, torch.float64)
+    eager, expected, _ = make_step(rule, options, torch.float64, lr=1e-3)
     for _ in range(200):
         eager()
     for _ in range(10):
-        step, net = make_step(rule, options, torch.float64, streams=True)
+        step, net, _ = make_step(rule, options, torch.float64, streams=True, lr=1e-3)
         for _ in range(200):
             step()
         assert_same_net(net, expected, 1e-6)
 
 
-@each()
-def test_compiled_equals_eager(rule, options):
-    step, net = make_step(rule, options, torch.float64)
-    net.compile()
-    eager, expected = make_step(rule, options, torch.float64)
-    for _ in range(3):
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@each("BP", "DKP-optimizer", "DKP-inplace")
+def test_compiled_equals_eager(rule, options, mode):
+    step, net, _ = make_step(rule, options, torch.float64)
+    net.compile(mode=mode)
+    eager, expected, _ = make_step(rule, options, torch.float64)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
         step()
         eager()
-    assert_same_net(net, expected, 1e-8)
+    assert_same_net(net, expected, 1e-7)
+
+
+@each()
+def test_found_inf_leaves_weights_and_b_as_they_are(rule, options):
+    step, net, optimizers = make_step(rule, options)
+    step()
+    before = copy.deepcopy({**dict(net.named_parameters()), **dict(net.feedback.named_buffers())})
+    flag = torch.ones((), device="cuda")
+    for optimizer in optimizers:
+        optimizer.found_inf = flag
+    net.found_inf = flag
+    step()
+    for name, value in before.items():
+        assert torch.equal(value, net.state_dict()[name if name in net.state_dict() else f"feedback.{name}"]), name
 
 
 # --- the scripts
@@ -225,38 +254,76 @@ def train(data_folder, tmp_path):
     return run_main
 
 
-@pytest.mark.parametrize("mode", RULES)
-def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(train, mode, tmp_path):
-    for out, where in (("mixed", ("--no-cuda",)), ("cpu", ("--no-cuda",))):
-        assert train("--train-mode", mode, "--epochs", 1, *where, out=out) == 0
-    assert train("--resume", tmp_path / "mixed", "--epochs", 2) == 0
-    assert train("--resume", tmp_path / "mixed", "--epochs", 3, "--no-cuda") == 0
-    assert train("--resume", tmp_path / "cpu", "--epochs", 3, "--no-cuda") == 0
+@pytest.mark.parametrize(("mode", "flags"), [*((mode, ()) for mode in RULES), ("DKP", ("--cuda-graph",))])
+def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(train, mode, flags, tmp_path):
+    rule = ("--train-mode", mode, "--tf32", "off", "--lr", 1e-3)
+    for out in ("mixed", "cpu"):
+        assert train(*rule, "--epochs", 1, "--no-cuda", out=out) == 0
+    assert train("--resume", tmp_path / "mixed", "--epochs", 3, *flags) == 0
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    assert config["resumed"][0]["hardware"] == torch.cuda.get_device_name() and "driver" in str(config)
+    assert train("--resume", tmp_path / "mixed", "--epochs", 4, "--no-cuda") == 0
+    assert train("--resume", tmp_path / "cpu", "--epochs", 4, "--no-cuda") == 0
     got, expected = (checkpoint(tmp_path / out)["net"] for out in ("mixed", "cpu"))
     for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(got[key], value, rtol=1e-2, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def processes(*flags):
-    """A job of alexnet/main.py with a small net."""
-    command = [sys.executable, str(ROOT / "tests" / "small_alexnet.py"), "--multiprocessing-distributed", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+@pytest.mark.parametrize("mode", ["BP", "DKP", "LAS"])
+@pytest.mark.parametrize("flags", [(), ("--cuda-graph",)], ids=["eager", "graph"])
+def test_a_deterministic_run_resumes_bit_for_bit(train, mode, flags, tmp_path):
+    try:
+        rule = ("--train-mode", mode, "--deterministic", "--precision", "bf16", "--channels-last", *flags)
+        assert train(*rule, "--epochs", 2, out="straight") == 0
+        assert train(*rule, "--epochs", 1) == 0
+        assert train("--resume", tmp_path / "run", "--epochs", 2, *flags) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    got, expected = (checkpoint(tmp_path / out)["net"] for out in ("run", "straight"))
+    for key, value in expected.items():
+        if flags:  # the resumed run warms up anew, and a graph may take other algorithms
+            torch.testing.assert_close(got[key], value, rtol=1e-2, atol=1e-3)
+        else:
+            assert torch.equal(got[key], value), key
 
 
-@pytest.mark.parametrize("flags", [(), ("--nprocs-per-node", "2", "--dist-backend", "gloo")], ids=["nccl", "gloo"])
-def test_processes_train_on_a_gpu(flags, tmp_path):
-    small = (
-        "--dataset",
-        "synthetic",
-        "--image-size",
-        "64",
-        "-b",
-        "32",
-        "--epochs",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    )
-    job = processes(*flags, *small)
-    assert job.returncode == 0, job.stderr
-    assert "see" in job.stdout, job.stdout
+@pytest.mark.parametrize("mode", [("DKP",), ("DKP", "--b-update", "inplace"), ("KP",)], ids=" ".join)
+@pytest.mark.parametrize("flags", [(), ("--cuda-graph",)], ids=["eager", "graph"])
+def test_a_loss_that_is_not_finite_updates_nothing(train, mode, flags, tmp_path, change_training_batches, capsys):
+    assert train("--train-mode", *mode, "--batch-size", 4, "--epochs", 1, *flags) == 0
+    kept, nets = checkpoint(tmp_path / "run"), []
+
+    def with_a_nan(batches):
+        for step, (x, y, together) in enumerate(batches, start=1):
+            if step == 7:
+                nets.append({key: value.clone() for key, value in held[-1].net.state_dict().items()})
+                x = x * torch.nan
+            yield x, y, together
+
+    held = []
+    change_training_batches(with_a_nan)
+    watch = Run.watch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "watch", lambda run, *given: (held.append(run), watch(run, *given))[1])
+        assert train("--resume", tmp_path / "run", "--epochs", 2, *flags) == DIVERGED
+    assert "the loss is nan at epoch 2, step 7: stopped before the update" in capsys.readouterr().err
+    assert checkpoint(tmp_path / "run")["epoch"] == kept["epoch"] == 1
+    after = held[-1].net.state_dict()
+    for key, value in nets[0].items():
+        if "running" not in key and "num_batches" not in key:  # of a batch norm, which saw the NaN
+            assert torch.equal(after[key], value), key
+
+
+def test_processes_on_one_gpu(tmp_path):
+    """NCCL takes one; gloo takes two, and equals it but for rounding."""
+    command = [sys.executable, str(ROOT / "alexnet" / "main.py"), "--multiprocessing-distributed", "--epochs", "1"]
+    command += ["--dataset", "synthetic", "--image-size", "64", "-b", "32", "--limit-batches", "3"]
+    gloo = ("--nprocs-per-node", "2", "--dist-backend", "gloo")
+    jobs = {}
+    for name, flags in {"nccl": (), "gloo": gloo, "in place": (*gloo, "--b-update", "inplace")}.items():
+        job = subprocess.run([*command, *flags, "--out", str(tmp_path / name)], capture_output=True, text=True)
+        assert job.returncode == 0, job.stderr
+        jobs[name] = float(job.stdout.split("train loss ")[1].split(",")[0])
+    assert jobs["gloo"] == pytest.approx(jobs["nccl"], rel=0.05)
+    refused = subprocess.run([*command, "--nprocs-per-node", "2"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "expected at most the 1 GPUs" in refused.stderr

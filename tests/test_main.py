@@ -276,17 +276,15 @@ def test_a_run_that_diverges_is_stopped_by_every_rule_and_keeps_its_last_good_st
 
 def test_divergence_is_a_mean_of_twenty_steps_and_outlives_a_resume(run, tmp_path):
     data = SimpleNamespace(classes=["?"] * 10)
-    job = SimpleNamespace(
-        recent=deque([99] + [19] * 18, maxlen=20), data=data, epoch=0, step=19, _diverged=DivergedError
-    )
-    Run.check_convergence(job)  # 19 steps are too few
+    job = SimpleNamespace(recent=deque([99] + [19] * 18, maxlen=20), data=data, epoch=0, _diverged=DivergedError)
+    Run.check_convergence(job, 18)  # 19 steps are too few
     job.recent.append(19)
-    Run.check_convergence(job)  # their mean is 23, 10 ln 10 is 23.03
+    Run.check_convergence(job, 18)  # their mean is 23, 10 ln 10 is 23.03
     job.recent[-1] = 20
     with pytest.raises(
         DivergedError, match=r"diverged at epoch 1, step 19: the mean loss of the last 20 steps is 23\.05"
     ):
-        Run.check_convergence(job)
+        Run.check_convergence(job, 19)
     run("--epochs", 2)
     run("--epochs", 6, out="straight")
     run("--resume", tmp_path / "run", "--epochs", 6)

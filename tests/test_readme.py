@@ -47,7 +47,7 @@ def test_every_flag_is_explained(alexnet):
     for page, parser in (("docs/main.md", main.make_parser()), ("alexnet/README.md", alexnet.make_parser())):
         flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
         rows = [row.split("|")[1] for row in PAGES[ROOT / page].splitlines() if row.startswith("| `")]
-        assert {flag for row in rows for flag in re.findall(r"`(-[a-z-]+)`", row)} == flags
+        assert {flag for row in rows for flag in re.findall(r"`(-[a-z0-9-]+)`", row)} == flags
 
 
 def test_every_link_leads_to_a_file_and_a_heading():

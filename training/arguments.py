@@ -118,6 +118,8 @@ def add_common_arguments(
     add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (original: constant)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
     add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory: faster")
+    add("--tf32", choices=("on", "off"), help="on a GPU: float32 products by TF32 (default: in convolutions alone)")
+    add("--deterministic", action="store_true", help="the same bits from run to run, on a GPU too: slower there")
     add("--seed", type=seed, default=1, help="of weights, B and data order (default: 1)")
 
     rule = parser.add_argument_group("rule and B").add_argument

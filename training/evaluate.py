@@ -23,22 +23,17 @@ def evaluate(
     """
     average_buffers(net.model)
     net.eval()
-    loss, correct, correct5, images = 0.0, 0, 0, 0
+    device, images = next(net.parameters()).device, 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, and of labels among the best 1 and 5
     for x, y, _ in batches:
         with precision:
             logits_NK = net(x)
-            loss += F.cross_entropy(logits_NK, y, reduction="sum").item()
+            loss = F.cross_entropy(logits_NK, y, reduction="sum")
         top5 = logits_NK.topk(min(5, logits_NK.shape[1])).indices == y[:, None]
-        correct += int(top5[:, 0].sum())
-        correct5 += int(top5.sum())
+        sums += torch.stack((loss, top5[:, 0].sum(), top5.sum()))
         images += len(y)
-    device = next(net.parameters()).device
-    sums = sum_over_ranks([loss, correct, correct5, images], device)
-    return {
-        "loss": sums[0] / sums[3],
-        "accuracy": 100 * sums[1] / sums[3],
-        "top5_accuracy": 100 * sums[2] / sums[3],
-    }
+    total, best, best5, count = sum_over_ranks([*sums.tolist(), images], device)
+    return {"loss": total / count, "accuracy": 100 * best / count, "top5_accuracy": 100 * best5 / count}
 
 
 def in_a_line(tested: dict[str, float], split: str) -> str:

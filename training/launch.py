@@ -16,6 +16,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed.distributed_c10d import _abort_process_group
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from training.arguments import Parser, flag
@@ -74,7 +75,7 @@ def check(args: Namespace, parser: Parser) -> None:
     if args.multiprocessing_distributed:
         if args.gpu is not None:
             parser.error("--gpu does not go with --multiprocessing-distributed: every GPU has its process")
-        if args.nprocs_per_node is not None and args.nprocs_per_node > gpus > 0:
+        if args.nprocs_per_node is not None and args.nprocs_per_node > gpus > 0 and args.dist_backend != "gloo":
             parser.error(f"--nprocs-per-node: got {args.nprocs_per_node}, expected at most the {gpus} GPUs")
     else:
         if args.nprocs_per_node is not None:
@@ -179,6 +180,8 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
         if under_torchrun():
             tries = meet(store, rank, world_size, timeout)
             store = dist.PrefixStore(f"try{tries}", store)
+        if backend == "nccl":
+            refuse_shared_gpus(store, rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         give_up(str(error).splitlines()[0])
@@ -190,15 +193,27 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
     except SystemExit as error:  # of a parser's error
         status = error.code if isinstance(error.code, int) else 1
     except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistNetworkError):
+        if "gloo" not in str(error) and not isinstance(error, (dist.DistNetworkError, dist.DistBackendError)):
             raise
         time.sleep(LET_OTHERS_SPEAK_S)
         why = str(error).splitlines()[0]
         print(f"error: rank {rank} of {world_size} has lost another one: {why}", file=sys.stderr, flush=True)
         return 1
-    dist.destroy_process_group()
-    time.sleep(LAST_TENSORS_S)
+    if status != 0 and backend == "nccl":
+        _abort_process_group()  # the others may never come to a collective that is under way
+    else:
+        dist.destroy_process_group()
+        time.sleep(LAST_TENSORS_S)
     return status
+
+
+def refuse_shared_gpus(store: dist.Store, rank: int, world_size: int) -> None:
+    """Raise ValueError where another process has this one's GPU: NCCL takes one process each."""
+    gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    store.set(f"gpu{rank}", gpu)
+    for other in range(world_size):
+        if other != rank and store.get(f"gpu{other}").decode() == gpu:
+            raise ValueError(f"rank {other} has the same GPU: start a process for each, and by hand with --gpu N")
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> int:
@@ -234,8 +249,9 @@ def device_of(local_rank: int) -> torch.device:
     """This process's GPU, made current, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    gpu = local_rank % torch.cuda.device_count()  # more processes than GPUs: by gloo alone
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
 
 
 def free_port() -> int:

@@ -2,12 +2,15 @@
 
 import math
 from argparse import Namespace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from feedback import RULES, DirectFeedback
 from models import Net
+from training.distributed import world_size
 
 WARM_UP = 0.3  # share of one-cycle's steps over which the learning rate rises
 
@@ -17,9 +20,11 @@ def wrap(args: Namespace, model: Net, example: Tensor) -> DirectFeedback:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         example = example.to(memory_format=torch.channels_last)
-    inplace = {}
+    inplace: dict[str, Any] = {}
     if args.b_update == "inplace":
         inplace = {"update": "inplace", "feedback_lr": args.b_lr, "feedback_weight_decay": args.b_wd}
+        if world_size() > 1:  # so that its sums do not stand in line with those of W's gradients
+            inplace["group"] = dist.new_group()
     net = DirectFeedback(model, model.points, args.train_mode, example, **inplace)
     for matrix in net.feedback.state_dict().values():
         matrix.mul_(args.b_scale)
@@ -34,11 +39,16 @@ def autocast(args: Namespace, device: torch.device) -> torch.autocast:
 def make_optimizers(args: Namespace, net: DirectFeedback, nesterov: bool) -> list[torch.optim.Optimizer]:
     """SGD with momentum for the weights and KP's B; with --b-update optimizer, also Adam for B."""
     weights = net.parameters() if RULES[args.train_mode].as_weight else net.model.parameters()
+    momentum: dict[str, Any] = {"momentum": args.momentum, "nesterov": nesterov}
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(weights, args.lr, momentum=args.momentum, nesterov=nesterov, weight_decay=args.wd, fused=True)
+        torch.optim.SGD(weights, args.lr, weight_decay=args.wd, fused=True, **momentum)
     ]
     if args.b_update == "optimizer":
-        optimizers.append(torch.optim.Adam(net.feedback.parameters(), args.b_lr, weight_decay=args.b_wd, fused=True))
+        options: dict[str, Any] = {"weight_decay": args.b_wd, "fused": True, "capturable": args.cuda_graph}
+        optimizers.append(torch.optim.Adam(net.feedback.parameters(), args.b_lr, **options))
+    if args.cuda_graph:  # which reads the learning rates anew where they are tensors
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
     return optimizers
 
 
@@ -73,6 +83,9 @@ def set_learning_rates(
     """Set `learning_rates`' rates in W's optimiser and in B's, if there is one; for a B in place, `net.feedback_lr`."""
     for optimizer, key in zip(optimizers, ("lr", "feedback_lr"), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = rates[key]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rates[key] or 0.0)
+            else:
+                group["lr"] = rates[key]
     if net.update == "inplace" and rates["feedback_lr"] is not None:
         net.feedback_lr = rates["feedback_lr"]

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import statistics
@@ -21,9 +20,10 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from training.checkpoint import NAMES, identity, mean_buffers, rng_state, save_c
 from training.distributed import barrier, gather, rank, replica, sum_over_ranks, world_size
 from training.files import locked, replaced
 from training.image_files import ImageFileError
-from training.machine import git_revision, hardware, version
+from training.machine import git_revision, hardware, versions
 from training.stages import Stages
 
 DIVERGED_MARK = "diverged"  # a file in the folder of a run that did
@@ -76,6 +76,14 @@ def stop_signals() -> list[int]:
     """The signals that ask a run to stop. nohup ignores SIGHUP, and so it stays."""
     hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hung_up]
+
+
+class Noted(NamedTuple):
+    """A step, and what `Run.watch` has returned."""
+
+    values: Tensor  # on the CPU, once `copied` has come: loss and right answers of this rank; of several, also over all
+    copied: Any  # a CUDA event, or None
+    images: int  # of this rank
 
 
 class Run:
@@ -133,13 +141,20 @@ class Run:
         self.tally = new_tally()
         self._signal = 0  # the signal that asked for a stop
         self._handlers: dict[int, Any] = {}  # what signals did before
-        self._stopping = False  # whether a signal had come, on any rank, before the step under way
+        self._stopping = False  # whether a signal had come, on any rank, before a step that has been read
         self._started = self._together = 0.0
         self._writer: SummaryWriter | None = None
         self._bar = tqdm(disable=True)
         self.stages = stages
         self.counts = stages is None or stages.pipeline.last  # whether this rank's images are in the sums over all
         self._held = contextlib.ExitStack()
+        self._noted: deque[Noted] = deque()  # steps to be read
+        self.behind = 1 if self.device.type == "cuda" else 0  # steps that may be under way on the device
+        self._zero, self._spoilt, self._found_inf = torch.zeros(3, device=self.device).unbind()
+        for optimizer in optimizers:
+            optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+        if net.update == "inplace":
+            net.found_inf = self._found_inf
         self._trained = False  # whether a step was taken since the last test
         self._before = folder / f"{NAMES[model]}.before"  # the checkpoint of before the epoch that is being tested
 
@@ -247,48 +262,77 @@ class Run:
                 self._together = together
                 yield x, y, len(y) * replica()[1] / together
 
-    def check(self, loss: Tensor, images: int) -> float:
-        """Return this rank's loss of a step, over so many images, as a number.
+    def watch(self, loss: Tensor, logits_NK: Tensor, y: Tensor) -> Tensor:
+        """Return, for `count`, a step's loss over this rank's images and its right answers; of several ranks, more.
 
-        Raises:
-            DivergedError: the loss over all ranks is not finite; nothing has been updated with it. On every rank.
+        From a loss on that is not finite over all ranks, the optimisers and a B in place update nothing. Nothing waits
+        for the device here.
         """
-        value = loss.item()
-        images = images if self.counts else 0
-        signals, over_ranks = sum_over_ranks([float(self._signal), value * images / self._together], self.device)
-        self._stopping = signals > 0
-        if not math.isfinite(over_ranks):
-            where = f"epoch {self.epoch + 1}, step {self.step + 1}"
-            raise self._diverged(f"the loss is {over_ranks} at {where}: stopped before the update")
-        self.recent.append(over_ranks)
-        return value
+        own = of_all = loss.detach()
+        right = (logits_NK.argmax(1) == y).sum(dtype=own.dtype)
+        values = [own, right]
+        if world_size() > 1:
+            share = len(y) / self._together if self.counts else 0.0
+            over_ranks = torch.stack((own * share, own.new_full((), self._signal)))
+            dist.all_reduce(over_ranks)
+            of_all, signals = over_ranks.unbind()
+            values += [of_all, signals]
+        self._spoilt.addcmul_(of_all, self._zero)
+        torch.ne(self._spoilt, self._spoilt, out=self._found_inf)
+        return torch.stack(values)
 
-    def count(self, loss: float, logits_NK: Tensor, y: Tensor) -> None:
-        """Add a step to the epoch's sums, and log it.
+    def count(self, values: Tensor, images: int) -> None:
+        """Add a step over so many images to the epoch's sums, and log it; on a GPU its `values` are read a step later.
 
         Raises:
-            DivergedError: as `check_convergence` does.
+            DivergedError: the loss of a step over all ranks was not finite, and nothing has been updated since; or as
+                `check_convergence` does. On every rank.
             StoppedError: a signal came before the step, on any rank.
         """
+        on_host = values.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if values.is_cuda else None
+        if copied is not None:
+            copied.record()
+        self._noted.append(Noted(on_host, copied, images))
         tally, self._trained = self.tally, True
         tally["step"] += 1
         self.done += 1
         tally["seen"] += self._together
-        if self.counts:
-            tally["images"] += len(y)
-            tally["loss"] += loss * len(y)
-            tally["correct"] += int((logits_NK.argmax(1) == y).sum())
         tally["seconds"] = time.perf_counter() - self._started
         self._bar.update(self._together)
+        self._read_noted(self.behind)
         if tally["step"] % self.log_interval == 0:
             train_loss, accuracy = self.train_metrics()
             self._bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
-            if self._writer is not None:
-                with self._writing():
-                    self._writer.add_scalar("step/train_loss", self.recent[-1], self.done)
-        self.check_convergence()
         if self._stopping:
             self._stop()
+
+    def _read_noted(self, behind: int) -> None:
+        """Read what `watch` has returned, but for the last `behind` steps.
+
+        Raises:
+            DivergedError: as `count` does.
+        """
+        while len(self._noted) > behind:
+            values, copied, images = self._noted.popleft()
+            if copied is not None:
+                copied.synchronize()
+            loss, right, *over_ranks = values.tolist()
+            of_all, signals = over_ranks or (loss, self._signal)
+            step = self.step - len(self._noted)
+            if not math.isfinite(of_all):
+                where = f"epoch {self.epoch + 1}, step {step}"
+                raise self._diverged(f"the loss is {of_all} at {where}: stopped before the update")
+            self.recent.append(of_all)
+            self._stopping = self._stopping or signals > 0
+            if self.counts:
+                self.tally["images"] += images
+                self.tally["loss"] += loss * images
+                self.tally["correct"] += int(right)
+            if step % self.log_interval == 0 and self._writer is not None:
+                with self._writing():
+                    self._writer.add_scalar("step/train_loss", of_all, self.done - len(self._noted))
+            self.check_convergence(step)
 
     def test_batches(self) -> Batches:
         """Save the epoch, so that a kill while testing loses nothing; return this rank's share of the test images.
@@ -300,6 +344,7 @@ class Run:
             StoppedError: a signal came meanwhile, on any rank; on every rank.
             ReadError: an image cannot be read; on this rank alone.
         """
+        self._read_noted(0)
         self.bring_together()
         self.check_soundness()
         if self._trained:  # not a resumed run that was saved here
@@ -340,6 +385,7 @@ class Run:
             self.stages.bring_together()
 
     def _stop(self) -> NoReturn:
+        self._read_noted(0)
         self.bring_together()
         self.check_soundness()
         self.save()
@@ -414,8 +460,8 @@ class Run:
 
     # --- checks
 
-    def check_convergence(self) -> None:
-        """Raise DivergedError where the mean loss of the last 20 steps is above 10 times that of guessing.
+    def check_convergence(self, step: int) -> None:
+        """Raise DivergedError where the mean loss of the last 20 steps, to `step`, is above 10 times that of guessing.
 
         A net that guesses has a loss of ln K, K classes: 2.3 for 10, 4.6 for 100. A net that trains may start somewhat
         above it, and a single step may leap; no run that learned anything had a mean of 20 steps near 10 ln K.
@@ -424,7 +470,7 @@ class Run:
             return
         mean, guessing = statistics.fmean(self.recent), math.log(len(self.data.classes))
         if mean > TIMES_GUESSING * guessing:
-            where = f"epoch {self.epoch + 1}, step {self.step}"
+            where = f"epoch {self.epoch + 1}, step {step}"
             last = f"the mean loss of the last {RECENT_STEPS} steps is {mean:.4g}"
             raise self._diverged(f"diverged at {where}: {last}, and guessing has {guessing:.2f}")
 
@@ -454,9 +500,11 @@ class Run:
         Raises:
             WriteError: it cannot be written.
         """
+        self._read_noted(0)
         self.bring_together()
         states = [o.state_dict() for o in self.optimizers] if self.stages is None else self.stages.optimizer_states()
-        ranks = gather({"rng": rng_state(), "tally": self.tally, "buffers": dict(self.net.model.named_buffers())})
+        buffers = {name: buffer.cpu() for name, buffer in self.net.model.named_buffers()}
+        ranks = gather({"rng": rng_state(), "tally": self.tally, "buffers": buffers})
         if rank() == 0:
             trained = {"model": self.model, "args": self.settings, "classes": self.data.classes, "epoch": self.epoch}
             trained |= {"net": self.net.state_dict()}
@@ -599,7 +647,7 @@ def write_config(folder: Path, args: dict[str, Any], data_source: str, device: t
         "command": " ".join(sys.argv),
         "args": args,
         "data": data_source,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision")}},
+        "versions": versions(device),
         "git": git_revision(),
         "hardware": hardware(device),
     }
