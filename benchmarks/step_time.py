@@ -8,9 +8,9 @@ round by round, so that a ratio is of steps that ran seconds apart. For each net
     floor           forward and weight gradients only; the learning signals at the points are given for nothing
     DFA, DKP        `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
 
-With `--device cuda` every step runs eager, compiled and captured as a CUDA graph. `--executions graph-streams` is a graph
-with each block on a stream of its own, where its backward may run beside those of others. BP, whose blocks wait for one
-another, keeps to one stream.
+With `--device cuda` every step runs eager, compiled and captured as a CUDA graph; `--executions graph-streams` is a
+graph with each block on a stream of its own, where its backward may run beside those of others. BP, whose blocks wait
+for one another, keeps to one stream.
 """
 
 import argparse

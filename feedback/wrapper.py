@@ -117,7 +117,8 @@ class DirectFeedback(nn.Module):
         example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
             once through the model, without effect on BatchNorm statistics or random numbers, to learn the shapes.
         update: "optimizer" or "inplace" (DKP and LAS only).
-        feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled or not.
+        feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled, captured or
+            not. On a GPU it is a float32 there.
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
         init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
