@@ -137,6 +137,10 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error(f"--start-epoch: got {args.start_epoch}, expected less than --epochs {args.epochs}")
     if args.compile_mode is not None and not args.compile:
         parser.error("--compile-mode needs --compile")
+    if args.compile_mode == "reduce-overhead" and args.b_update == "inplace":
+        parser.error(
+            "--compile-mode reduce-overhead does not go with --b-update inplace: its graphs may not write to B"
+        )
     check_stages(args, parser)
     shares = max(1, processes_per_node(args) // (args.pipeline_stages or 1))
     if args.batch_size < 2 * shares * (args.micro_batches or 1):

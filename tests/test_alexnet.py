@@ -78,6 +78,8 @@ def test_the_originals_command_line_parses(alexnet):
         ("--pipeline-stages 1", "got 1, expected 2 or more"),
         ("--pipeline-stages 2 --micro-batches 3", "got 3, expected a divisor of -b 256"),
         ("--pipeline-stages 2 --micro-batches 128 -b 128", "expected 2 or more for each of 1 replicas' micro-batches"),
+        ("--compile-mode default", "--compile-mode needs --compile"),
+        ("--compile --compile-mode reduce-overhead --b-update inplace", "does not go with --b-update inplace"),
         ("--pipeline-stages 2 --compile", "--compile does not go with --pipeline-stages"),
         ("--micro-batches 2", "--micro-batches needs --pipeline-stages"),
         ("--pipeline-stages 2 --micro-batches 2 --train-mode DRTP", "whose signal would grow with it"),

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step_time import DYNAMO, VARIANTS, Cell, make_step, on_side_streams, peak_bytes, side_stream
 from feedback import DirectFeedback, functional, layout, wrapper
@@ -168,3 +169,48 @@ def test_no_learning_signal_waits_for_its_block():
     assert peak["DFA"] <= peak["BP"]
     assert peak["DKP inplace"] <= peak["BP"]
     assert peak["DKP inplace"] < peak["DKP optimizer"] <= peak["BP"] + size
+
+
+NO_KERNEL = ("empty", "new_empty", "detach", "_record_function", "_local_scalar")
+
+
+class CountKernels(TorchDispatchMode):
+    """Counts operators that compute: no views, no memory without values."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        view = any(
+            argument.alias_info is not None and not argument.alias_info.is_write
+            for argument in operator._schema.arguments
+        )
+        name = operator.name().partition("::")[2]
+        if not view and not name.startswith(NO_KERNEL):
+            self.names.append(name)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "kernels"),
+    [("BP", {}, 32), ("DFA", {}, 32), ("DKP", {}, 37), ("DKP", {"update": "inplace", "feedback_lr": 0.1}, 35)],
+)
+def test_a_step_computes_nothing_but_what_the_rule_is_made_of(monkeypatch, rule, options, kernels):
+    monkeypatch.setattr(layout, "CACHED_BYTES", 0)  # as on a GPU: products of the whole batch
+    torch.manual_seed(0)
+    model = ConvNet()
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    net = DirectFeedback(model, model.points, rule, x, **options)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True, fused=True)]
+    if net.matrices() and net.matrices()[0].requires_grad:
+        optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-3, fused=True))
+    for _ in range(2):  # the first makes the optimisers' state
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with CountKernels() as count:
+            F.cross_entropy(net(x, y), y).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert len(count.names) == kernels, " ".join(count.names)

@@ -21,6 +21,7 @@ from feedback import RULES
 from training import arguments, batches, data, plot
 from training.checkpoint import CONTENT, TRAINED, load_checkpoint, save_checkpoint
 from training.classify import read_image
+from training.machine import set_arithmetic
 from training.run import DIVERGED, DivergedError, Run, StoppedError
 
 MODES = {
@@ -251,6 +252,61 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     assert_same(before, checkpoint(tmp_path / "run"))
     for name, parameter in runs[0].net.named_parameters():
         assert torch.equal(parameter, before["net"][name])
+
+
+@pytest.mark.parametrize("mode", [MODES["DKP-optimizer"], MODES["DKP-inplace"], MODES["KP"]], ids=" ".join)
+def test_steps_that_are_read_late_as_on_a_gpu_change_nothing(
+    run, mode, tmp_path, monkeypatch, change_training_batches, capsys
+):
+    def late(*args, **options):
+        runs.append(Run(*args, **options))
+        runs[-1].behind = 1
+        return runs[-1]
+
+    def spoilt(batches):
+        for step, (x, y, n) in enumerate(batches, start=1):
+            if step == 2:
+                states.append({key: value.clone() for key, value in runs[-1].net.state_dict().items()})
+            yield x * (math.nan if step == 2 else 1), y, n
+
+    def with_a_signal(batches):
+        for step, batch in enumerate(batches, start=1):
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    runs, states = [], []
+    assert run(*mode, "--epochs", 2, out="at once") == 0
+    monkeypatch.setattr(main, "Run", late)
+    assert run(*mode, "--epochs", 2) == 0
+    assert_same(checkpoint(tmp_path / "at once"), checkpoint(tmp_path / "run"))
+    assert metrics(tmp_path / "at once") == metrics(tmp_path / "run")
+    change_training_batches(with_a_signal)
+    assert run("--resume", tmp_path / "run", "--epochs", 3) == 128 + signal.SIGTERM
+    assert checkpoint(tmp_path / "run")["ranks"][0]["tally"]["step"] == 2
+    change_training_batches(spoilt)
+    capsys.readouterr()
+    assert run("--resume", tmp_path / "at once", "--epochs", 3) == DIVERGED
+    assert "the loss is nan at epoch 3, step 2: stopped before the update" in capsys.readouterr().err
+    assert runs[-1].step == 3  # W and B stay what they were before the second
+    for key, value in states[0].items():
+        assert torch.equal(value, runs[-1].net.state_dict()[key]) or "norm.running" in key or "num_batches" in key, key
+    assert checkpoint(tmp_path / "at once")["epoch"] == 2
+
+
+def test_arithmetic_is_chosen_and_written_down(run, tmp_path, capsys):
+    try:
+        assert run("--tf32", "on", "--deterministic", "--dry-run") == 0
+        assert torch.get_float32_matmul_precision() == "high" and torch.are_deterministic_algorithms_enabled()
+        assert run("--tf32", "off", "--dry-run", out="off") == 0
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        set_arithmetic("off", deterministic=False)
+        torch.backends.cudnn.allow_tf32 = True
+    kept = checkpoint(tmp_path / "run")["args"]
+    assert (kept["tf32"], kept["deterministic"]) == ("on", True)
+    assert_refused(capsys, lambda: run("--cuda-graph"), "--cuda-graph needs a GPU")
 
 
 def test_weights_that_blew_up_are_not_saved(run, tmp_path, capsys):
