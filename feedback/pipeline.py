@@ -111,6 +111,9 @@ class Pipeline:
     next step's forward pass as soon as it has stepped; no stage waits for one above it but for e. It keeps what the
     backward passes of all the micro-batches need until their errors come.
 
+    Once a micro-batch's e is not finite, B in place stays as it is for the rest of the step; what optimisers step is
+    the caller's to guard.
+
     What LAS and DRTP make of the labels is a mean over a micro-batch; as with accumulation, m add up to m times it.
 
     Args:
@@ -202,6 +205,8 @@ class Pipeline:
                 raise ValueError(f"stage {number} has something that learns behind its last point {point!r}: cut there")
             if number == self.stage:
                 self.net = net
+        if update == "inplace":
+            self.net.found_inf = torch.zeros((), device=example.device)
         self._connect()
 
     def _connect(self) -> None:
@@ -258,6 +263,8 @@ class Pipeline:
             return torch.autograd.grad(loss, logits)[0]
 
         outputs, errors, due = self._go_forward(x, target, micro_batches, error_of)
+        if self.net.found_inf is not None:
+            self.net.found_inf.zero_()
         for number, (output, error, work) in enumerate(zip(outputs, errors, due, strict=True)):
             with self._phase("wait", number):
                 work.wait()
@@ -267,52 +274,22 @@ class Pipeline:
             return torch.cat([out.detach() for out, _ in outputs]), torch.stack(losses).sum()
         return None
 
-    def logits_of(self, x: Tensor | None, target: Tensor, micro_batches: int = 1) -> Tensor:
-        """Forward pass of one batch; return its logits (N m, K) on every stage. Their backward pass is the pipeline's.
-
-        For a training loop that looks at the loss before it goes backward: every stage works out the same loss, and so
-        e, which need not be sent. No stage goes backward before the batch is through the last one.
-
-        Args:
-            x, target, micro_batches: as in `step`.
-
-        Raises:
-            ValueError: as `step` does.
-        """
-        outputs, pieces, due = self._go_forward(x, target, micro_batches, lambda out, piece: out.detach())
-        for number, work in enumerate(due):
-            with self._phase("wait", number):
-                work.wait()
-
-        def go_backward(leaf: Tensor) -> None:
-            errors = leaf.grad.tensor_split(len(outputs)) if leaf.grad is not None else ()
-            for number, (output, error) in enumerate(zip(outputs, errors, strict=True)):
-                self._go_backward(number, output, error)
-            self._average_over_replicas()
-
-        logits = torch.cat(pieces).requires_grad_()
-        logits.register_post_accumulate_grad_hook(go_backward)
-        return logits
-
     def _go_forward(
         self,
         x: Tensor | None,
         target: Tensor,
         micro_batches: int,
-        returned: Callable[[Tensor, Tensor], Tensor],
+        error_of: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[list[tuple[Tensor, list[Tensor]]], list[Tensor], list[Any]]:
-        """Run the micro-batches; on the last stage, send to all what `returned(logits, targets)` makes of each, (N, K).
+        """Run the micro-batches; on the last stage, send e of each to all: `error_of(logits, targets)`, (N, K).
 
         Returns:
-            For each micro-batch: this stage's output and its points' zeros; what is returned; and when it has come.
+            For each micro-batch: this stage's output and its points' zeros; e; and when it has come.
         """
         if len(target) < micro_batches:
             raise ValueError(f"got {len(target)} images for {micro_batches} micro-batches, expected as many or more")
         targets = target.tensor_split(micro_batches)
         sizes = [len(piece) for piece in targets]
-        for work in self._sending:  # of a pass that never went backward
-            work.wait()
-        self._sending.clear()
         back: list[Tensor] = []
         due: list[Any] = []
         outputs = []
@@ -322,7 +299,7 @@ class Pipeline:
                     out, zeros = self.net.forward_with_zeros(h, piece)
                 outputs.append((out, zeros))
                 if self.last:
-                    back.append(returned(out, piece).contiguous())
+                    back.append(error_of(out, piece).contiguous())
             if self.last:
                 due.append(self._broadcast(back[-1]))
             else:
@@ -336,6 +313,8 @@ class Pipeline:
         """The backward pass of a micro-batch in this stage, from e (N, K)."""
         out, zeros = output
         with self._phase("backward", number):
+            if self.net.found_inf is not None:  # of this micro-batch, or one before
+                self.net.found_inf.copy_(~error.sum().isfinite() | (self.net.found_inf == 1))
             roots = [root for root in ([*zeros, out] if self.last else zeros) if root.requires_grad]
             torch.autograd.backward(roots, [error] * len(roots))
         if self._sending:  # it has arrived: something came back for it

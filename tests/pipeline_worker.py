@@ -83,7 +83,7 @@ def train_alone(net, micro_batches, images=BATCH, autocast=None):
     return losses
 
 
-def train_stage(stage, micro_batches, share=slice(None), images=BATCH, by_logits=False):
+def train_stage(stage, micro_batches, share=slice(None), images=BATCH):
     """The same through the pipeline; return the last stage's losses."""
     optimizers, losses = optimizers_of(stage.net), []
     for step in range(STEPS):
@@ -91,15 +91,8 @@ def train_stage(stage, micro_batches, share=slice(None), images=BATCH, by_logits
         for optimizer in optimizers:
             optimizer.zero_grad()
         x, y = x[share] if stage.stage == 0 else None, y[share]
-        if by_logits:
-            logits = stage.logits_of(x, y, micro_batches)
-            with torch.autocast("cpu", stage.autocast, enabled=stage.autocast is not None):
-                loss = F.cross_entropy(logits, y)
-            loss.backward()
-            losses.append(loss.detach())
-        else:
-            result = stage.step(x, y, micro_batches=micro_batches)
-            losses += [] if result is None else [result[1]]
+        result = stage.step(x, y, micro_batches=micro_batches)
+        losses += [] if result is None else [result[1]]
         for optimizer in optimizers:
             optimizer.step()
     return losses
@@ -153,7 +146,6 @@ def run_replicas(rank, world, port, folder):
 CASES = [(name, stages, m, {}) for name in DIRECT for stages in CUTS for m in (1, 2, 4)]
 CASES += [(name, 3, 2, {"memory_format": torch.channels_last}) for name in DIRECT]
 CASES += [(name, 3, 2, {"autocast": torch.bfloat16}) for name in DIRECT]
-CASES += [(name, stages, 4, {"by_logits": True}) for name in DIRECT for stages in CUTS]
 SPLIT_BY_TORCH = [(name, 3, 2, {"splitter": True}) for name in DIRECT]
 
 
@@ -175,9 +167,8 @@ def run(rank, world, port, folder, cases):
         options = dict(given)
         if rank < stages:
             net = whole(name, **{key: options[key] for key in ("memory_format", "autocast") if key in options})
-            by_logits = options.pop("by_logits", False)
             stage = stage_of(net, name, stages, groups[stages], **options)
-            losses = train_stage(stage, micro_batches, by_logits=by_logits)
+            losses = train_stage(stage, micro_batches)
             states = together(stage, stage.net.state_dict())
             stage.net.eval()
             logits = None

@@ -260,7 +260,10 @@ class Run:
         with self._reading():
             for x, y, together in itertools.islice(self.data.train(self.epoch + 1, seen), left):
                 self._together = together
-                yield x, y, len(y) * replica()[1] / together
+                weight = len(y) * replica()[1] / together
+                if self.stages is not None:
+                    self.stages.weight = weight
+                yield x, y, weight
 
     def watch(self, loss: Tensor, logits_NK: Tensor, y: Tensor) -> Tensor:
         """Return, for `count`, a step's loss over this rank's images and its right answers; of several ranks, more.

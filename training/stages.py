@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -21,6 +22,9 @@ from training.optim import autocast
 
 class Stages:
     """This process's stage of `net`, and the others that make a replica of the net with it; called as `net` is.
+
+    All stages go backward in the call, each as soon as e comes: not when the loss that the caller makes of the logits
+    does.
 
     The processes are replicas x stages, those of a replica one after the other; replicas take shares of each batch.
 
@@ -42,6 +46,7 @@ class Stages:
         for name in ("replica", "stage"):
             _set_pg_timeout(timedelta(seconds=args.dist_timeout), mesh[name].get_group())
         self.net, self.optimizers, self.micro_batches = net, optimizers, args.micro_batches
+        self.weight = 1.0
         with autocast(args, example.device):
             costs = [costs_of(net.model, example) if dist.get_rank() == 0 else {}]
         dist.broadcast_object_list(costs, device=example.device)
@@ -73,10 +78,16 @@ class Stages:
         )
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
-        """The logits (N, K) of a batch, on every stage. A short last batch goes in fewer pieces, of 2 images each."""
+        """The logits (N, K) of a batch on the last stage, zeros on others; the gradients are in `.grad` by then.
+
+        The loss is the mean cross-entropy times `weight`. A short last batch goes in fewer pieces, of 2 images each.
+        """
         if self.net.update == "inplace" and self.net.feedback_lr is not None:
             self.pipeline.net.feedback_lr = self.net.feedback_lr
-        return self.pipeline.logits_of(x, target, min(self.micro_batches, max(1, len(target) // 2)))
+        pieces = min(self.micro_batches, max(1, len(target) // 2))
+        result = self.pipeline.step(x, target, lambda *given: F.cross_entropy(*given) * self.weight, pieces)
+        logits = self.pipeline.logits.new_zeros(len(target), self.pipeline.logits.shape[1])
+        return (logits if result is None else result[0]).requires_grad_()
 
     def owner_of(self, key: str) -> int:
         """The stage that trains what has this key in the net's state dict."""
