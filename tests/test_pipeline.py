@@ -113,7 +113,7 @@ def test_a_single_stage_accumulates_micro_batches(alone, name, micro_batches):
 @pytest.mark.parametrize("name", ["DKP-inplace", "LAS-inplace"])
 def test_an_error_that_is_not_finite_steps_no_b_in_place(alone, name):
     stage = stage_of(whole(name), name, 1, None)
-    x, y = batch(0)
+    x, y = batch(0, 8)
     before = [B.clone() for B in stage.net.matrices()]
     x[len(x) // 2 :] = torch.nan  # in the second of two micro-batches, and in none of the next step
     stage.step(x, y, micro_batches=2)
