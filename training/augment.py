@@ -58,7 +58,7 @@ def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int, out: T
 
     Args:
         images: (N, 3, H, H) float32. Normalise before, not after: it is the smaller tensor, and gives the same result.
-        boxes: (N, 4) top, left, height, width in pixels.
+        boxes: (N, 4) beside them, top, left, height, width in pixels.
         flips: (N,) bool, left for right.
         size: S, at least H.
         out: (N, 3, S, S) to write to, if given. Memory that is used again costs no page faults.
@@ -67,9 +67,9 @@ def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int, out: T
         (N, 3, S, S) float32.
     """
     n, channels, side, _ = images.shape
-    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
+    top, left, height, width = boxes.unbind(1)
     rows = resize_weights(top, height, side, size)
-    columns = resize_weights(left, width, side, size, flips.to(images.device, non_blocking=True))
+    columns = resize_weights(left, width, side, size, flips)
     narrow = torch.bmm(rows, images.transpose(1, 2).reshape(n, side, channels * side))  # (N, S, 3 * H)
     narrow = narrow.view(n, size, channels, side).transpose(1, 2).reshape(n, channels * size, side)
     if out is None:

@@ -127,6 +127,11 @@ def share(batch: Tensor) -> slice:
     return slice(len(batch) * mine // shares, len(batch) * (mine + 1) // shares)
 
 
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to `device`; to a GPU without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def steps_left(images: int, batch_size: int, least: int, limit: int | None, seen: int) -> int:
     """Steps of an epoch after `seen` of its images: at most `limit` in all, and no last one of under `least` images."""
     left = min(images, (limit or images) * batch_size) - seen
@@ -171,10 +176,11 @@ def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images:
         for batch in global_batches(count, batch_size, seed, epoch, seen):
             boxes, flips = random_crops(len(batch), side, generator(seed, epoch, int(batch[0])))
             mine = share(batch)
-            index = batch[mine].to(device)
+            index = on_device(batch[mine], device)
             small = normalise(images.x_train[index])
             x = buffer[: len(index)]
-            parts = zip(*(t.split(chunk) for t in (small, boxes[mine], flips[mine], x)), strict=True)
+            boxes, flips = (on_device(t[mine], device) for t in (boxes, flips))
+            parts = zip(*(t.split(chunk) for t in (small, boxes, flips, x)), strict=True)
             for pixels, box, flip, out in parts:
                 resize_crops(pixels, box, flip, size, out)
             yield x, images.y_train[index], len(batch)
@@ -263,7 +269,7 @@ def image_folder(
         )
         try:
             for images, labels in loader:
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                yield normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
         except ImageFileError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the loader, and so its workers alive
             reason = str(error).strip().splitlines()[-1]  # a worker's has that process's traceback in front

@@ -40,17 +40,16 @@ def read_rgb(path: str, upright: bool = False) -> Image.Image:
 
 @functools.cache
 def transform(size: int, random: bool) -> Callable[[Image.Image], Tensor]:
-    """torchvision's transform to (3, S, S) in -1..1: a random crop and flip, or the centre."""
+    """torchvision's transform to (3, S, S) uint8: a random crop and flip, or the centre."""
     v2 = import_torchvision().transforms.v2
     crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     if not random:
         crop = [v2.Resize(resized_side(size)), v2.CenterCrop(size)]
-    scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
-    return v2.Compose([*crop, *scale])
+    return v2.Compose([*crop, v2.ToImage()])
 
 
 class ImageFiles(Dataset):
-    """Image files and their labels, cropped to (3, S, S): at random where a seed is given, else the centre.
+    """Image files and their labels, cropped to (3, S, S) uint8: at random where a seed is given, else the centre.
 
     The random crop of image i is a function of (seed, epoch, i). Holds names and numbers alone, so that a worker
     process of any start method can take it over.
