@@ -209,7 +209,8 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
 
 def refuse_shared_gpus(store: dist.Store, rank: int, world_size: int) -> None:
     """Raise ValueError where another process has this one's GPU: NCCL takes one process each."""
-    gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    index, visible = torch.cuda.current_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpu = f"{socket.gethostname()} {visible} {index} {torch.cuda.get_device_properties(index).uuid}"
     store.set(f"gpu{rank}", gpu)
     for other in range(world_size):
         if other != rank and store.get(f"gpu{other}").decode() == gpu:
