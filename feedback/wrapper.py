@@ -15,7 +15,10 @@ from feedback.functional import broadcast_error, feedback_point
 from feedback.layerwise import fed_back, feedback_layers
 from feedback.layout import is_channels_last
 from feedback.rules import RULES
+from feedback.skips import check_skips
 from feedback.state import untouched
+
+LOGITS = "the logits"
 
 
 class _Pass(NamedTuple):
@@ -124,6 +127,7 @@ class DirectFeedback(nn.Module):
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
         group: the process group over which B in place is averaged; by default all ranks, if there are several.
         classes: K, where the model is a stage of a net and returns no logits: see `feedback.pipeline`.
+        allow_skips: take points that a path leads around. What lies below them then learns by backpropagation as well.
 
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
@@ -133,7 +137,8 @@ class DirectFeedback(nn.Module):
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
             further up (DKP and LAS need it as it was); logits that are not (N, K); options that the rule does not use;
-            for FA and KP, what `feedback.layerwise.feedback_layers` refuses.
+            points that a path leads around, or a weight on both sides of one, unless `allow_skips`; for FA and KP,
+            what `feedback.layerwise.feedback_layers` refuses.
     """
 
     def __init__(
@@ -149,6 +154,7 @@ class DirectFeedback(nn.Module):
         init: Callable[[Tensor], Any] | None = None,
         group: Any = None,
         classes: int | None = None,
+        allow_skips: bool = False,
     ) -> None:
         super().__init__()
         checks.check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
@@ -156,6 +162,7 @@ class DirectFeedback(nn.Module):
         self.points = tuple(points)
         self.rule = rule
         self.update = update
+        self.allow_skips = allow_skips
         self._feedback_lr = feedback_lr
         self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay, group)
         self.feedback = hooks.feedback
@@ -172,6 +179,11 @@ class DirectFeedback(nn.Module):
                 logits = logits.new_empty(len(example), classes)
             checks.check_logits(logits)
             checks.check_shapes(self.points, activations, logits)
+            if not (allow_skips or RULES[rule].chained):
+                with untouched(model), torch.enable_grad(), torch.autocast(example.device.type, enabled=False):
+                    model.eval()
+                    out, activations = self.tapped_forward(example, cut=True)
+                    check_skips(model, example, dict(zip((*self.points, LOGITS), (*activations, out), strict=True)))
             layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
             for name, needs_feedback in layers.items():
                 layer: Any = model.get_submodule(name)
@@ -252,6 +264,10 @@ class DirectFeedback(nn.Module):
             ValueError: as the class does, and in training without a target that the rule needs.
         """
         rule = RULES[self.rule]
+        if self.model.training and not self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
+            )
         if not rule.has_feedback or not (self.training and torch.is_grad_enabled()):
             return self.model(x)
         if rule.layerwise:
@@ -291,4 +307,5 @@ class DirectFeedback(nn.Module):
 
     def extra_repr(self) -> str:
         update = f", update={self.update}" if RULES[self.rule].learns else ""
-        return f"rule={self.rule}, points={self.points}{update}"
+        skips = ", allow_skips=True" if self.allow_skips else ""
+        return f"rule={self.rule}, points={self.points}{update}{skips}"

@@ -1,0 +1,117 @@
+"""Find what a cut at the feedback points does not cut: parameters that the error at the logits still reaches.
+
+A parameter that is reached from two of {each point's h_l, the logits} learns from two errors, and the one from further
+up comes by backpropagation: a path leads around a point, or the weight is shared.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+SHOWN = 6  # names in a message
+
+
+def reached(root: Any, without: Any = None) -> set[Tensor]:
+    """The leaf tensors that a backward pass from the node `root` of autograd's graph gets to, not through `without`."""
+    found: set[Tensor] = set()
+    nodes, seen = [root], {root, without}
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return found
+
+
+def reached_twice(model: nn.Module, ends: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names of `model`'s parameters that are reached from more than one of `ends`, and from which."""
+    by_end = {name: reached(end.grad_fn) for name, end in ends.items()}
+    found = {}
+    for name, parameter in model.named_parameters():
+        froms = [end for end, leaves in by_end.items() if parameter in leaves]
+        if len(froms) > 1:
+            found[name] = froms
+    return found
+
+
+def separators(model: nn.Module, example: Tensor) -> list[str]:
+    """The first submodules, outermost first, past which no path leads: all that flows on passes through their output.
+
+    One whose output is that of a module around it is left out.
+    """
+    nodes: dict[str, Any] = {}
+    calls: dict[str, int] = {}
+
+    def note(name: str, out: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        if isinstance(out, Tensor) and out.grad_fn is not None:
+            nodes[name] = out.grad_fn
+
+    handles: list[RemovableHandle] = [
+        module.register_forward_hook(lambda m, i, out, name=name: note(name, out))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        logits = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    top = logits.grad_fn
+    found: dict[Any, str] = {}
+    for name, node in sorted(nodes.items(), key=lambda item: item[0].count(".")):
+        below = reached(node)
+        if calls[name] == 1 and node is not top and node not in found and below and not below & reached(top, node):
+            found[node] = name
+    return [name for name in itertools.islice(found.values(), 2 * SHOWN) if cuts(model, name, example)]
+
+
+def cuts(model: nn.Module, name: str, example: Tensor) -> bool:
+    """Whether the submodule's output, detached, leaves no path: another hook may have taken the output before."""
+    outputs: list[Tensor] = []
+
+    def detach(module: nn.Module, inputs: tuple, h: Tensor) -> Tensor:
+        outputs.append(h)
+        return h.detach()
+
+    handle = model.get_submodule(name).register_forward_hook(detach)
+    try:
+        logits = model(example)
+    finally:
+        handle.remove()
+    return not reached(outputs[0].grad_fn) & reached(logits.grad_fn)
+
+
+def check_skips(model: nn.Module, example: Tensor, ends: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a parameter is reached twice, naming it and the points that would do.
+
+    Args:
+        model: with its points cut; without gradients or in training mode it is as it was before.
+        example: an input.
+        ends: each point's h_l and the logits, of a forward pass with the points cut.
+    """
+    twice = reached_twice(model, ends)
+    if not twice:
+        return
+    first, *others = next(iter(twice.values()))
+    instead = separators(model, example)
+    raise ValueError(
+        f"a path leads around a feedback point, or a weight is shared: {some(twice)} would learn from {first!r} and by"
+        f" backpropagation from {some(others)} as well. No path leads around {some(instead) or 'any module'}: take"
+        " points of these, or allow_skips=True to train so all the same"
+    )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name) for name in names[:SHOWN]) + more
