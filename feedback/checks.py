@@ -85,6 +85,17 @@ def check_below(points: Sequence[str], activations: Sequence[Tensor], logits: Te
             raise ValueError(f"feedback point {point!r} returns the logits: expected a point below the last layer")
 
 
+def check_signals(model: nn.Module, points: Sequence[str], activations: Sequence[Tensor]) -> None:
+    """Raise ValueError where nothing below a point, down to the next, learns; frozen parameters may be why, and may."""
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for point, h in zip(points, activations, strict=True):
+        if not h.requires_grad:
+            raise ValueError(
+                f"nothing learns from feedback point {point!r}: expected parameters under it, down to the next"
+            )
+
+
 def check_shapes(points: Sequence[str], activations: Sequence[Tensor], logits: Tensor) -> None:
     """Raise ValueError unless the activation at each point is (N, ...), N as of the logits (N, K)."""
     batch, classes = logits.shape

@@ -52,15 +52,16 @@ class FeedbackPoint(torch.autograd.Function):
         ctx.rule, ctx.dtype, ctx.target = rule, h.dtype, target
         ctx.step = inplace_lr, inplace_weight_decay, group, found_inf
         learns = feedback.requires_grad or inplace_lr is not None
-        # `.data` skips autograd's version check: another backward pass may step B in place before this one runs
-        saved = feedback if inplace_lr is None else feedback.data
-        ctx.save_for_backward(saved, h if learns else None)
+        # a B in place is itself stepped, and maybe by another backward pass before this one: no saved copy, no version
+        ctx.feedback = None if inplace_lr is None else feedback.data
+        ctx.save_for_backward(feedback if inplace_lr is None else None, h if learns else None)
         return h.new_empty(len(h), len(feedback))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_NK: Tensor) -> tuple[Tensor | None, ...]:
-        feedback, h = ctx.saved_tensors
+        saved, h = ctx.saved_tensors
+        feedback = saved if ctx.feedback is None else ctx.feedback
         rule, target, inplace_lr = RULES[ctx.rule], ctx.target, ctx.step[0]
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)

@@ -137,8 +137,8 @@ class DirectFeedback(nn.Module):
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
             further up (DKP and LAS need it as it was); logits that are not (N, K); options that the rule does not use;
-            points that a path leads around, or a weight on both sides of one, unless `allow_skips`; for FA and KP,
-            what `feedback.layerwise.feedback_layers` refuses.
+            unless `allow_skips`, points that a path leads around or from which nothing would learn, and a weight on
+            both sides of a point; for FA and KP, what `feedback.layerwise.feedback_layers` refuses.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class DirectFeedback(nn.Module):
                 with untouched(model), torch.enable_grad(), torch.autocast(example.device.type, enabled=False):
                     model.eval()
                     out, activations = self.tapped_forward(example, cut=True)
+                    checks.check_signals(model, self.points, activations)
                     check_skips(model, example, dict(zip((*self.points, LOGITS), (*activations, out), strict=True)))
             layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
             for name, needs_feedback in layers.items():

@@ -146,3 +146,13 @@ def test_a_model_in_training_mode_under_a_wrapper_in_eval_mode_is_refused(rule):
     net.model.eval()  # batch norms that are to stay as they are
     F.cross_entropy(net(X, Y), Y).backward()
     assert net.model.head.weight.grad.any()
+
+
+@pytest.mark.parametrize("rule", DIRECT)
+@pytest.mark.parametrize("points", [("0", "1"), ("0", "0.1")], ids=["an Identity", "a block and its last module"])
+def test_a_point_from_which_nothing_would_learn_is_refused(rule, points):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Identity(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"nothing learns from feedback point '\d'"):
+        wrap(model, points, rule)
+    model[2].bias.requires_grad_(False)  # where parameters are frozen, such a point may be meant
+    wrap(model, points, rule)

@@ -89,6 +89,17 @@ def test_a_pass_that_is_dropped_leaves_nothing_in_memory(rule, options):
     assert not any(reference() is not None for reference in kept)
 
 
+@each("DKP-inplace", "LAS-inplace")
+def test_b_in_place_is_stepped_where_saved_tensors_are_copied(rule, options):
+    plain, copied = make(rule, options), make(rule, options)
+    before = [B.clone() for B in copied.matrices()]
+    F.cross_entropy(plain(X, Y), Y).backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        F.cross_entropy(copied(X, Y), Y).backward()
+    assert_same_state_and_gradients(plain, copied)
+    assert not any(torch.equal(B, old) for B, old in zip(copied.matrices(), before, strict=True))
+
+
 @each()
 def test_the_bare_net_is_checkpointed_as_if_there_were_no_wrapper(rule, options):
     net, bare = make(rule, options, reentrant=False), Net(reentrant=False).double()
