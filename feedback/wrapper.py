@@ -109,8 +109,9 @@ class DirectFeedback(nn.Module):
 
     DKP and LAS learn B_l in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
-    `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B (on a GPU, the product of one point at a time). In place, each backward pass is a step of
-    B: with gradient accumulation B steps once per micro-batch. A loss scaled by a factor scales DKP's step too.
+    `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B but, on a GPU, for one point's product at a
+    time. In place, each backward pass is a step of B: with gradient accumulation B steps once per micro-batch. A loss
+    scaled by a factor scales DKP's step too.
 
     Args:
         model: maps one Tensor (N, ...) to logits (N, K). The wrapper adds forward hooks to it; they go when the wrapper
