@@ -81,7 +81,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
 def train(
     args: Namespace,
     net: DirectFeedback,
-    train_net: Callable[[Tensor, Tensor], Tensor],
+    train_net: Callable[..., Tensor],
     optimizers: list[torch.optim.Optimizer],
     data: Data,
     run: Run,
@@ -97,7 +97,7 @@ def train(
         for optimizer in optimizers:
             optimizer.zero_grad()
         with precision:
-            logits = train_net(x, y)
+            logits = train_net(x, target=y)
             loss = F.cross_entropy(logits, y)
         values = run.watch(loss, logits, y)
         (loss if weight == 1 else loss * weight).backward()
@@ -122,7 +122,7 @@ def evaluate_or_train(
     args: Namespace,
     checkpoint: dict[str, Any] | None,
     net: DirectFeedback,
-    train_net: Callable[[Tensor, Tensor], Tensor],
+    train_net: Callable[..., Tensor],
     optimizers: list[torch.optim.Optimizer],
     data: Data,
     run: Run,

@@ -256,7 +256,7 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
     model = AlexNet(len(data.classes)).to(device)
     net = wrap(args, model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
     optimizers = make_optimizers(args, net, nesterov=False)
-    train_net: Callable[[Tensor, Tensor], Tensor] = net
+    train_net: Callable[..., Tensor] = net
     stages = None
     if args.pipeline_stages is not None:
         images = global_batch_size(args) * args.pipeline_stages // world_size() // args.micro_batches

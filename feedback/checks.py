@@ -93,6 +93,7 @@ def check_signals(model: nn.Module, points: Sequence[str], activations: Sequence
         if not h.requires_grad:
             raise ValueError(
                 f"nothing learns from feedback point {point!r}: expected parameters under it, down to the next"
+                " one, or allow_skips=True"
             )
 
 

@@ -43,7 +43,7 @@ def direct_feedback(
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. A number;
             pass a 0-d Tensor, on a GPU beside B, to change it without recompiling, or in a captured graph.
-        inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD; likewise.
+        inplace_weight_decay: wd of that step, per step and unit of learning rate as in torch.optim.SGD.
         group: the process group over which that step first averages e^T @ h; by default all ranks there are.
         found_inf: a 0-d float Tensor beside B; while it is 1, that step leaves B as it is, as in torch's optimisers.
 

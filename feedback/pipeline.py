@@ -119,8 +119,8 @@ class Pipeline:
     Args:
         parts: of the whole net, one for each process, each mapping one Tensor to one; the last gives logits (N, K).
             From `parts_of`, or the stage modules of `torch.distributed.pipelining.pipeline`.
-        points, rule, update, feedback_lr, feedback_weight_decay, init: as in `DirectFeedback`, for the whole net. Each
-            part needs a point, and all but the last part have nothing that learns behind their last point.
+        points, rule, update, feedback_lr, feedback_weight_decay, init, allow_skips: as in `DirectFeedback`, for the
+            whole net. Each part needs a point, and all but the last part have nothing that learns behind their last.
         example: a batch for the whole net. It runs through all the parts, so that each process learns the shapes.
         group: the processes, in the order of the stages; by default all.
         replicas: the processes that train the same stage on other images and average its gradients; by default none.
@@ -152,6 +152,7 @@ class Pipeline:
         group: Any = None,
         replicas: Any = None,
         autocast: torch.dtype | None = None,
+        allow_skips: bool = False,
     ) -> None:
         if rule in RULES and RULES[rule].chained:
             raise ValueError(f"rule is {rule!r}, expected a direct one: for {rule} take torch.distributed.pipelining")
@@ -196,6 +197,7 @@ class Pipeline:
                 feedback_weight_decay=feedback_weight_decay,
                 init=init,
                 group=step_group,
+                allow_skips=allow_skips,
                 classes=None if number == self.stages - 1 else self.logits.shape[1],
             )
             with untouched(net), torch.enable_grad():
@@ -315,6 +317,8 @@ class Pipeline:
         with self._phase("backward", number):
             if self.net.found_inf is not None:  # of this micro-batch, or one before
                 self.net.found_inf.copy_(~error.sum().isfinite() | (self.net.found_inf == 1))
+                if self.replicas is not None:
+                    dist.all_reduce(self.net.found_inf, dist.ReduceOp.MAX, self.replicas)
             roots = [root for root in ([*zeros, out] if self.last else zeros) if root.requires_grad]
             torch.autograd.backward(roots, [error] * len(roots))
         if self._sending:  # it has arrived: something came back for it

@@ -105,7 +105,7 @@ class DirectFeedback(nn.Module):
     The rules are in feedback/rules, a file each. A fixed B is a buffer, one that learns a Parameter. BP is plain
     autograd. FA and KP go backward layer by layer as BP does, but every Conv2d and Linear whose input needs a gradient
     has a B of its weight's shape and sends it the error through B; there the points only say where angles are measured,
-    and KP's B gets W's gradient, to be stepped as W is. A rule that needs the labels is called as `net(x, target)`.
+    and KP's B gets W's gradient, to be stepped as W is. A rule that needs the labels is called as `net(x, target=y)`.
 
     DKP and LAS learn B_l in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
@@ -128,7 +128,8 @@ class DirectFeedback(nn.Module):
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
         group: the process group over which B in place is averaged; by default all ranks, if there are several.
         classes: K, where the model is a stage of a net and returns no logits: see `feedback.pipeline`.
-        allow_skips: take points that a path leads around. What lies below them then learns by backpropagation as well.
+        allow_skips: take points that a path leads around, in eval mode, in which the wrapper looks: what lies below
+            them then learns by backpropagation as well. And points from which nothing learns.
 
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
@@ -181,11 +182,7 @@ class DirectFeedback(nn.Module):
             checks.check_logits(logits)
             checks.check_shapes(self.points, activations, logits)
             if not (allow_skips or RULES[rule].chained):
-                with untouched(model), torch.enable_grad(), torch.autocast(example.device.type, enabled=False):
-                    model.eval()
-                    out, activations = self.tapped_forward(example, cut=True)
-                    checks.check_signals(model, self.points, activations)
-                    check_skips(model, example, dict(zip((*self.points, LOGITS), (*activations, out), strict=True)))
+                self._check_paths(example)
             layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
             for name, needs_feedback in layers.items():
                 layer: Any = model.get_submodule(name)
@@ -200,6 +197,14 @@ class DirectFeedback(nn.Module):
         if not RULES[rule].chained:
             for point, h in zip(self.points, activations, strict=True):
                 self._add_feedback(point, logits.shape[1], h, init or nn.init.kaiming_uniform_)
+
+    def _check_paths(self, example: Tensor) -> None:
+        eager = torch.compiler.set_stance("force_eager")  # a compiled model's parameters all hang on one node
+        with untouched(self.model), torch.enable_grad(), torch.autocast(example.device.type, enabled=False), eager:
+            self.model.eval()
+            out, activations = self.tapped_forward(example, cut=True)
+            checks.check_signals(self.model, self.points, activations)
+            check_skips(self.model, example, dict(zip((*self.points, LOGITS), (*activations, out), strict=True)))
 
     def _add_feedback(self, point: str, classes: int, h: Tensor, init: Callable[[Tensor], Any]) -> None:
         matrix_KD = torch.empty(classes, math.prod(h.shape[1:]))  # on the CPU: a seed gives one B on every device
@@ -255,7 +260,7 @@ class DirectFeedback(nn.Module):
     def found_inf(self, value: Tensor) -> None:
         self._hooks.found_inf = value
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, target: Tensor | None = None) -> Tensor:
         """Return the model's logits (N, K).
 
         Args:

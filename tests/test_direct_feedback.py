@@ -49,7 +49,7 @@ def gradients(net):
 
 def step(net, x, y):
     net.zero_grad()
-    F.cross_entropy(net(x, y), y).backward()
+    F.cross_entropy(net(x, target=y), y).backward()
     return gradients(net)
 
 
@@ -187,7 +187,7 @@ class InputGradientCounter(TorchDispatchMode):
 def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
     net = make(rule, **options)
     x, y = data()
-    loss = F.cross_entropy(net(x, y), y)
+    loss = F.cross_entropy(net(x, target=y), y)
     with InputGradientCounter(net) as counter:
         loss.backward()
     assert counter.convolution_backwards == 2
@@ -215,8 +215,8 @@ def test_gradients_accumulate(rule):
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
     first, second = step(net, x1, y1), step(net, x2, y2)
     net.zero_grad()
-    F.cross_entropy(net(x1, y1), y1).backward()
-    F.cross_entropy(net(x2, y2), y2).backward()
+    F.cross_entropy(net(x1, target=y1), y1).backward()
+    F.cross_entropy(net(x2, target=y2), y2).backward()
     for name, value in gradients(net).items():
         torch.testing.assert_close(value, first[name] + second[name])
 
@@ -227,7 +227,7 @@ def test_two_forwards_before_one_backward(rule):
     (x1, y1), (x2, y2) = data(4, seed=1), data(3, seed=2)
     first, second = step(net, x1, y1), step(net, x2, y2)
     net.zero_grad()
-    (F.cross_entropy(net(x1, y1), y1) + F.cross_entropy(net(x2, y2), y2)).backward()
+    (F.cross_entropy(net(x1, target=y1), y1) + F.cross_entropy(net(x2, target=y2), y2)).backward()
     for name, value in gradients(net).items():
         torch.testing.assert_close(value, first[name] + second[name])
 
@@ -332,7 +332,7 @@ def test_compiles_without_a_graph_break(rule, options):
         x, y = data(8, torch.float32, seed)
         expected = step(twin, x, y)
         net.zero_grad()
-        F.cross_entropy(compiled(x, y), y).backward()
+        F.cross_entropy(compiled(x, target=y), y).backward()
         for name, value in gradients(net).items():
             torch.testing.assert_close(value, expected[name])
         for B, expected_B in zip(net.matrices(), twin.matrices(), strict=True):

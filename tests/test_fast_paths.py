@@ -210,7 +210,7 @@ def test_a_step_computes_nothing_but_what_the_rule_is_made_of(monkeypatch, rule,
         for optimizer in optimizers:
             optimizer.zero_grad()
         with CountKernels() as count:
-            F.cross_entropy(net(x, y), y).backward()
+            F.cross_entropy(net(x, target=y), y).backward()
             for optimizer in optimizers:
                 optimizer.step()
     assert len(count.names) == kernels, " ".join(count.names)

@@ -38,7 +38,7 @@ def readout_gradients(net, x, y):
 @pytest.mark.parametrize("build", [convnet, mlp])
 def test_gradients_equal_those_worked_out_by_hand(build):
     net, x, y = build()
-    F.cross_entropy(net(x, y), y).backward()
+    F.cross_entropy(net(x, target=y), y).backward()
     parameters = dict(net.model.named_parameters())
     if build is convnet:
         expected, _ = convnet_gradients(parameters, net.matrices(), x, y)
@@ -64,7 +64,7 @@ def test_inplace_update_equals_sgd_step_for_step(build):
     for _ in range(4):
         for net, optimizer in zip((by_optimizer, inplace), optimizers, strict=True):
             net.zero_grad()
-            F.cross_entropy(net(x, y), y).backward()
+            F.cross_entropy(net(x, target=y), y).backward()
             optimizer.step()
         of_feedback.step()
         for got, expected in zip(inplace.parameters(), by_optimizer.parameters(), strict=True):
@@ -89,7 +89,7 @@ def test_the_readouts_learn_the_classes():
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     for _ in range(100):
         optimizer.zero_grad()
-        F.cross_entropy(net(x, y), y).backward()
+        F.cross_entropy(net(x, target=y), y).backward()
         optimizer.step()
     logits, activations = net.tapped_forward(x, cut=False)
     for outputs in (logits, *(h @ B.T for h, B in zip(activations, net.matrices(), strict=True))):
@@ -108,12 +108,12 @@ def test_the_readouts_learn_the_classes():
 def test_a_wrong_target_is_refused(target, message):
     net, x, _ = mlp()
     with pytest.raises(ValueError, match=message):
-        net(x, target)
+        net(x, target=target)
     net.eval()
-    assert torch.equal(net(x, target), net.model(x))
+    assert torch.equal(net(x, target=target), net.model(x))
 
 
 def test_float16_is_refused():
     net, x, y = mlp()
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="got float16"):
-        net.float()(x.float(), y)
+        net.float()(x.float(), target=y)

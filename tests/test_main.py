@@ -276,6 +276,7 @@ def test_steps_that_are_read_late_as_on_a_gpu_change_nothing(
             yield batch
 
     runs, states = [], []
+    mode = (*mode, "--log-interval", 1)
     assert run(*mode, "--epochs", 2, out="at once") == 0
     monkeypatch.setattr(main, "Run", late)
     assert run(*mode, "--epochs", 2) == 0

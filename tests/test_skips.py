@@ -112,7 +112,7 @@ def test_points_that_all_passes_through_are_taken_and_without_b_nothing_is_learn
     net = wrap(make(), points, rule)
     for B in net.matrices():
         B.data.zero_()
-    F.cross_entropy(net(X, Y), Y).backward()
+    F.cross_entropy(net(X, target=Y), Y).backward()
     below = {name for name, _ in net.model.get_submodule(points[-1]).named_parameters(prefix=points[-1])}
     assert below
     for name, parameter in net.model.named_parameters():
@@ -124,7 +124,7 @@ def test_points_that_all_passes_through_are_taken_and_without_b_nothing_is_learn
 def test_who_wants_skips_may_have_them(rule):
     net = wrap(Around(), ["f"], rule, allow_skips=True)
     assert "allow_skips=True" in repr(net) and "allow_skips" not in repr(wrap(Around(), ["stem"], rule))
-    F.cross_entropy(net(X, Y), Y).backward()
+    F.cross_entropy(net(X, target=Y), Y).backward()
     assert net.model.stem[0].weight.grad.any()
 
 
@@ -139,12 +139,12 @@ def test_a_model_in_training_mode_under_a_wrapper_in_eval_mode_is_refused(rule):
     net.eval()
     net.model.train()
     with pytest.raises(ValueError, match="the wrapper is in eval mode and its model in training mode"):
-        net(X, Y)
+        net(X, target=Y)
     with torch.no_grad():
-        net(X, Y)
+        net(X, target=Y)
     net.train()
     net.model.eval()  # batch norms that are to stay as they are
-    F.cross_entropy(net(X, Y), Y).backward()
+    F.cross_entropy(net(X, target=Y), Y).backward()
     assert net.model.head.weight.grad.any()
 
 
@@ -156,3 +156,20 @@ def test_a_point_from_which_nothing_would_learn_is_refused(rule, points):
         wrap(model, points, rule)
     model[2].bias.requires_grad_(False)  # where parameters are frozen, such a point may be meant
     wrap(model, points, rule)
+
+
+def test_a_second_input_is_not_taken_for_the_target():
+    with pytest.raises(TypeError, match="takes 2 positional arguments"):
+        wrap(Around(), ["stem"], "LAS")(X, Y)
+
+
+@pytest.mark.parametrize("rule", DIRECT)
+def test_compiled_blocks_and_models_are_looked_at_as_if_they_were_not(rule):
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Sequential(nn.Linear(5, 5), nn.Tanh()), nn.Linear(5, 3)
+    )
+    compiled = torch.compile(model, backend="aot_eager")
+    DirectFeedback(compiled.double(), ["_orig_mod.0", "_orig_mod.1"], rule, X[:2])
+    with pytest.raises(ValueError, match="a path leads around"):
+        DirectFeedback(torch.compile(Around().double(), backend="aot_eager"), ["_orig_mod.f"], rule, X[:2])

@@ -54,8 +54,8 @@ def test_a_checkpointed_block_learns_as_without_checkpointing(rule, options):
     """Also where two passes are under way, with other images and labels."""
     plain, checkpointed = make(rule, options), make(rule, options, reentrant=False)
     for net in (plain, checkpointed):
-        first = F.cross_entropy(net(X[:3], Y[:3]), Y[:3])
-        second = F.cross_entropy(net(X[3:], Y[3:]), Y[3:])
+        first = F.cross_entropy(net(X[:3], target=Y[:3]), Y[:3])
+        second = F.cross_entropy(net(X[3:], target=Y[3:]), Y[3:])
         second.backward()
         first.backward()
     assert_same_state_and_gradients(plain, checkpointed)
@@ -65,7 +65,7 @@ def test_a_checkpointed_block_learns_as_without_checkpointing(rule, options):
 def test_a_test_between_the_two_passes_of_a_checkpointed_block_changes_nothing(rule, options):
     plain, checkpointed = make(rule, options), make(rule, options, reentrant=False)
     for net in (plain, checkpointed):
-        loss = F.cross_entropy(net(X, Y), Y)
+        loss = F.cross_entropy(net(X, target=Y), Y)
         with torch.no_grad():
             net.eval()(X)
         net.train()
@@ -83,7 +83,7 @@ def test_a_pass_that_is_dropped_leaves_nothing_in_memory(rule, options):
         return copied
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = net(X, Y)
+        logits = net(X, target=Y)
     assert any(reference() is not None for reference in kept)
     del logits
     assert not any(reference() is not None for reference in kept)
@@ -93,9 +93,9 @@ def test_a_pass_that_is_dropped_leaves_nothing_in_memory(rule, options):
 def test_b_in_place_is_stepped_where_saved_tensors_are_copied(rule, options):
     plain, copied = make(rule, options), make(rule, options)
     before = [B.clone() for B in copied.matrices()]
-    F.cross_entropy(plain(X, Y), Y).backward()
+    F.cross_entropy(plain(X, target=Y), Y).backward()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
-        F.cross_entropy(copied(X, Y), Y).backward()
+        F.cross_entropy(copied(X, target=Y), Y).backward()
     assert_same_state_and_gradients(plain, copied)
     assert not any(torch.equal(B, old) for B, old in zip(copied.matrices(), before, strict=True))
 
@@ -103,7 +103,7 @@ def test_b_in_place_is_stepped_where_saved_tensors_are_copied(rule, options):
 @each()
 def test_the_bare_net_is_checkpointed_as_if_there_were_no_wrapper(rule, options):
     net, bare = make(rule, options, reentrant=False), Net(reentrant=False).double()
-    F.cross_entropy(net(X, Y), Y).backward()
+    F.cross_entropy(net(X, target=Y), Y).backward()
     net.zero_grad()
     bare.load_state_dict(net.model.state_dict())
     for module in (net.model, bare):
@@ -119,7 +119,7 @@ def test_a_reentrant_checkpoint_that_would_make_it_backpropagation_is_refused(ru
         make(rule, {}, reentrant=True)
     net = make(rule, {"allow_skips": True}, reentrant=True)  # which looks at no pass with gradients
     with pytest.raises(ValueError, match=message):
-        net(X.clone().requires_grad_(), Y)
+        net(X.clone().requires_grad_(), target=Y)
 
 
 def test_a_backward_hook_within_a_block_sees_the_signal_and_one_on_the_point_does_not_fire():
@@ -149,7 +149,7 @@ def test_an_empty_batch_gives_zero_gradients_and_leaves_b(rule, options):
         for module in net.modules():  # a batch norm cannot train on no image, in plain PyTorch neither
             module.train(not isinstance(module, nn.BatchNorm2d))
         y = torch.zeros(0, dtype=torch.int64)
-        F.cross_entropy(net(x, y), y, reduction="sum").backward()
+        F.cross_entropy(net(x, target=y), y, reduction="sum").backward()
         assert all(p.grad is None or not p.grad.any() for p in net.parameters())
         assert sum(p.grad is not None for p in net.model.parameters()) == len(list(net.model.parameters()))
         assert all(torch.equal(B, old) for B, old in zip(net.matrices(), before, strict=True))
@@ -162,8 +162,8 @@ def test_an_ignored_image_is_as_good_as_absent(rule, options):
     y = Y.clone()
     y[[1, 4]] = -100
     rest = y != -100
-    F.cross_entropy(nets[0](X, y), y).backward()
-    F.cross_entropy(nets[1](X[rest], y[rest]), y[rest]).backward()
+    F.cross_entropy(nets[0](X, target=y), y).backward()
+    F.cross_entropy(nets[1](X[rest], target=y[rest]), y[rest]).backward()
     for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
         torch.testing.assert_close(p.grad, q.grad, msg=name)
@@ -175,7 +175,7 @@ def test_a_label_out_of_range_is_refused_in_the_forward_pass(rule, options, labe
     y = Y.clone()
     y[2] = label
     with pytest.raises(ValueError, match=f"label {label}, expected 0 to 2, or -100 to ignore an image"):
-        make(rule, options)(X, y)
+        make(rule, options)(X, target=y)
 
 
 def test_a_batch_without_a_label_has_no_gradients():
@@ -184,7 +184,7 @@ def test_a_batch_without_a_label_has_no_gradients():
         rule, options = VARIANTS[name]
         net = make(rule, options | ({"feedback_weight_decay": 0.0} if "feedback_lr" in options else {}))
         before = [B.detach().clone() for B in net.matrices()]
-        F.cross_entropy(net(X, y), y, reduction="sum").backward()
+        F.cross_entropy(net(X, target=y), y, reduction="sum").backward()
         assert all(p.grad is None or not p.grad.any() for p in net.parameters()), name
         assert all(torch.equal(B, old) for B, old in zip(net.matrices(), before, strict=True)), name
 
@@ -194,7 +194,7 @@ def test_a_wrapper_that_is_dropped_is_freed_with_its_hooks(rule, options):
     model = Net().double()
     for _ in range(3):
         net = DirectFeedback(model, POINTS, rule, X, **options)
-        F.cross_entropy(net(X, Y), Y).backward()
+        F.cross_entropy(net(X, target=Y), Y).backward()
     dropped = weakref.ref(net)
     del net
     assert dropped() is None and not any(module._forward_hooks for module in model.modules())
@@ -204,14 +204,14 @@ def test_a_wrapper_that_is_dropped_is_freed_with_its_hooks(rule, options):
 def test_a_copy_outlives_its_original_and_takes_its_own_hooks_along(rule, options):
     net, twin = make(rule, options), make(rule, options)
     for module in (net, twin):
-        F.cross_entropy(module(X, Y), Y).backward()
+        F.cross_entropy(module(X, target=Y), Y).backward()
     copied, shallow = copy.deepcopy(net), copy.copy(net)
     del shallow
-    F.cross_entropy(net(X, Y), Y).backward()
+    F.cross_entropy(net(X, target=Y), Y).backward()
     del net
     twin.zero_grad()
     for module in (copied, twin):
-        F.cross_entropy(module(X, Y), Y).backward()
+        F.cross_entropy(module(X, target=Y), Y).backward()
     assert_same_state_and_gradients(copied, twin)
     model = copied.model
     del copied

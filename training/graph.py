@@ -14,18 +14,19 @@ Step = Callable[[Tensor, Tensor, float], Tensor]  # images (N, ...), labels (N,)
 
 
 def as_graph(step: Step) -> Step:
-    """Return `step`, which is replayed as a CUDA graph from its fourth batch on; one of another size runs as it is.
+    """Return `step`, to be replayed as a CUDA graph from the fourth batch on.
 
-    What the step reads beside its arguments, learning rates too, must be in tensors that stay. What it returns lies in
-    memory that the next step overwrites.
+    A batch of another size than the first runs as it is. What the step reads beside its arguments, learning rates too,
+    must be in tensors that stay. What it returns lies in memory that the next step overwrites.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     held: list[Tensor] = []  # by the graph: images, labels, result
-    warm = 0
+    shape, warm = None, 0
 
     def run(x: Tensor, y: Tensor, weight: float) -> Tensor:
-        nonlocal warm
-        if held and (x.shape != held[0].shape or weight != 1):
+        nonlocal shape, warm
+        shape = shape or x.shape
+        if x.shape != shape or weight != 1:
             return step(x, y, weight)
         if warm < WARM_UP:
             warm += 1

@@ -208,13 +208,14 @@ def join_and_work(args: Namespace, worker: Worker, local_rank: int, rank: int, w
 
 
 def refuse_shared_gpus(store: dist.Store, rank: int, world_size: int) -> None:
-    """Raise ValueError where another process has this one's GPU: NCCL takes one process each."""
-    index, visible = torch.cuda.current_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpu = f"{socket.gethostname()} {visible} {index} {torch.cuda.get_device_properties(index).uuid}"
-    store.set(f"gpu{rank}", gpu)
-    for other in range(world_size):
-        if other != rank and store.get(f"gpu{other}").decode() == gpu:
-            raise ValueError(f"rank {other} has the same GPU: start a process for each, and by hand with --gpu N")
+    """Raise ValueError, on every rank, where two processes have the same GPU: NCCL takes one process each."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    store.set(f"gpu{rank}", f"{socket.gethostname()} {uuid}")
+    gpus = [store.get(f"gpu{other}").decode() for other in range(world_size)]
+    for other, gpu in enumerate(gpus):
+        if gpu in gpus[:other]:
+            pair = f"ranks {gpus.index(gpu)} and {other}"
+            raise ValueError(f"{pair} have the same GPU: start a process for each GPU, by hand with --gpu N")
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> int:

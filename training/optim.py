@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ def wrap(args: Namespace, model: Net, example: Tensor) -> DirectFeedback:
     inplace: dict[str, Any] = {}
     if args.b_update == "inplace":
         inplace = {"update": "inplace", "feedback_lr": args.b_lr, "feedback_weight_decay": args.b_wd}
-        if world_size() > 1:  # so that its sums do not stand in line with those of W's gradients
-            inplace["group"] = dist.new_group()
+        if world_size() > 1 and args.pipeline_stages is None:  # its sums do not stand in line with W's gradients
+            inplace["group"] = dist.new_group(timeout=timedelta(seconds=args.dist_timeout))
     net = DirectFeedback(model, model.points, args.train_mode, example, **inplace)
     for matrix in net.feedback.state_dict().values():
         matrix.mul_(args.b_scale)

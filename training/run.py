@@ -268,8 +268,8 @@ class Run:
     def watch(self, loss: Tensor, logits_NK: Tensor, y: Tensor) -> Tensor:
         """Return, for `count`, a step's loss over this rank's images and its right answers; of several ranks, more.
 
-        From a loss on that is not finite over all ranks, the optimisers and a B in place update nothing. Nothing waits
-        for the device here.
+        From a loss on that is not finite over all ranks, the optimisers and a B in place update nothing (in stages, B
+        in place only within that step). Nothing waits for the device here.
         """
         own = of_all = loss.detach()
         right = (logits_NK.argmax(1) == y).sum(dtype=own.dtype)
@@ -304,7 +304,7 @@ class Run:
         tally["seconds"] = time.perf_counter() - self._started
         self._bar.update(self._together)
         self._read_noted(self.behind)
-        if tally["step"] % self.log_interval == 0:
+        if tally["step"] % self.log_interval == 0 and tally["step"] > self.behind:
             train_loss, accuracy = self.train_metrics()
             self._bar.set_postfix_str(f"loss {train_loss:.3f}, accuracy {accuracy:.1f} %")
         if self._stopping:

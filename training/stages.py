@@ -85,7 +85,8 @@ class Stages:
         if self.net.update == "inplace" and self.net.feedback_lr is not None:
             self.pipeline.net.feedback_lr = self.net.feedback_lr
         pieces = min(self.micro_batches, max(1, len(target) // 2))
-        result = self.pipeline.step(x, target, lambda *given: F.cross_entropy(*given) * self.weight, pieces)
+        with torch.autocast(x.device.type, enabled=False):  # the pipeline's own is for its forward passes alone
+            result = self.pipeline.step(x, target, lambda *given: F.cross_entropy(*given) * self.weight, pieces)
         logits = self.pipeline.logits.new_zeros(len(target), self.pipeline.logits.shape[1])
         return (logits if result is None else result[0]).requires_grad_()
 
