@@ -14,7 +14,7 @@ part() { # NAME COMMAND...: unless it is done
     shift
     [[ -e $out/$name.done ]] && return 0
     echo "== $name: $*"
-    timeout 540 "$@" 2>&1 | tee -a "$out/$name.log"
+    timeout --preserve-status 540 "$@" 2>&1 | tee -a "$out/$name.log"
     local status=${PIPESTATUS[0]}
     [[ $status == 0 ]] && touch "$out/$name.done"
     return "$status"
