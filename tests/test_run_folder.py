@@ -1,6 +1,7 @@
 """A run's folder under other people's hands: two processes, foreign and edited files, full disks, closed terminals."""
 
 import errno
+import functools
 import json
 import math
 import os
@@ -207,7 +208,8 @@ def test_a_test_loss_that_is_not_finite_keeps_the_epoch_before(run, tmp_path, mo
 
 
 def test_ctrl_c_while_torch_is_loaded_is_no_traceback(script, tmp_path):
-    process = script("--out", tmp_path / "run", interpreter=("-X", "importtime"))
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    process = script("--out", tmp_path / "run", interpreter=("-X", "importtime"), preexec_fn=heed)
     line = next(line for line in process.stderr if line.endswith("training.console\n"))
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
