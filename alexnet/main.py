@@ -50,17 +50,8 @@ from training.stages import Stages, share_among_replicas
 
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
-FIXED_BY_THE_CHECKPOINT = (
-    "recipe",
-    "arch",
-    "train_mode",
-    "dataset",
-    "b_update",
-    "b_scale",
-    "seed",
-    "image_size",
-    "schedule",
-)
+FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = ("recipe", "arch", "train_mode", "dataset", "b_update", "b_scale")
+FIXED_BY_THE_CHECKPOINT += ("seed", "image_size", "schedule")
 # no part of the experiment: not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "compile_mode"}
 OF_THE_RUN |= {"limit_batches", "cuda_graph"}

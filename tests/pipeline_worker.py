@@ -1,5 +1,6 @@
 """What each process of tests/test_pipeline.py runs; a module of its own, so that spawned processes can import it."""
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from variants import VARIANTS
 
 from feedback import RULES, DirectFeedback
 from feedback.pipeline import Pipeline, parts_of
+from models import VGG, ConvNet
 from training.launch import LAST_TENSORS_S
 
 DIRECT = {name: (rule, options) for name, (rule, options) in VARIANTS.items() if not RULES[rule].chained}
@@ -124,6 +126,29 @@ def together(stage, value):
     values = [None] * stage.stages
     dist.all_gather_object(values, value, stage.group)
     return values
+
+
+def run_nets(rank, world, port, folder):
+    """ConvNet and VGG in two stages; the last stage writes whether they equal one process."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    x, y = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double(), torch.arange(4)
+    equal = {}
+    for make, cut in ((ConvNet, "conv2"), (VGG, "conv3")):
+        torch.manual_seed(0)
+        model = make(10).double()
+        torch.manual_seed(1)
+        alone = DirectFeedback(copy.deepcopy(model), make.points, "DKP", x)
+        torch.manual_seed(1)
+        stage = Pipeline(parts_of(model, [cut]), make.points, "DKP", x[:2])
+        for piece, labels in zip(x.split(2), y.split(2), strict=True):
+            (F.cross_entropy(alone(piece), labels) / 2).backward()
+        stage.step(x, y, micro_batches=2)
+        grads = {name: parameter.grad for name, parameter in alone.named_parameters()}
+        own = [torch.allclose(p.grad, grads[name], rtol=1e-11) for name, p in stage.net.named_parameters()]
+        equal[make.__name__] = bool(own) and all(own)
+    torch.save(equal, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+    time.sleep(LAST_TENSORS_S)
 
 
 def run_replicas(rank, world, port, folder):

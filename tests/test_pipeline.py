@@ -14,6 +14,7 @@ from pipeline_worker import (
     Net,
     batch,
     run,
+    run_nets,
     run_replicas,
     stage_of,
     train_alone,
@@ -77,6 +78,11 @@ def assert_equal_one_process(cases):
             x, _ = batch(99, dtype=next(net.parameters()).dtype)
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 assert torch.equal(result["logits"], net.eval()(x)) and len(x) == BATCH
+
+
+@pytest.mark.slow
+def test_convnet_and_vgg_in_two_stages_have_the_gradients_of_one_process(tmp_path):
+    assert spawn(run_nets, 2, tmp_path) == [{"ConvNet": True, "VGG": True}] * 2
 
 
 @pytest.mark.slow

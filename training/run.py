@@ -94,7 +94,7 @@ class Run:
 
     Args:
         folder: holds checkpoints, metrics.csv and TensorBoard events.
-        net: the wrapped model. optimizers: W's, then B's if it has one.
+        net: the wrapped model. optimizers: W's, then B's if it has one; fused, which heed `found_inf`.
         data: what it is trained on.
         args: the script's arguments; all but those named in `not_kept` go into the checkpoint.
         model: the net's name.

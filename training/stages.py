@@ -87,8 +87,9 @@ class Stages:
         pieces = min(self.micro_batches, max(1, len(target) // 2))
         with torch.autocast(x.device.type, enabled=False):  # the pipeline's own is for its forward passes alone
             result = self.pipeline.step(x, target, lambda *given: F.cross_entropy(*given) * self.weight, pieces)
-        logits = self.pipeline.logits.new_zeros(len(target), self.pipeline.logits.shape[1])
-        return (logits if result is None else result[0]).requires_grad_()
+        if result is None:
+            return self.pipeline.logits.new_zeros(len(target), self.pipeline.logits.shape[1]).requires_grad_()
+        return result[0].requires_grad_()
 
     def owner_of(self, key: str) -> int:
         """The stage that trains what has this key in the net's state dict."""
