@@ -4,6 +4,7 @@ Shapes: N batch, K classes, D features of one block.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from feedback.direct import direct_feedback
 from feedback.layout import as_rows
+from feedback.positions import features_last, to_positions
 from feedback.rules import RULES
 from feedback.state import untouched
 from feedback.wrapper import DirectFeedback
@@ -24,7 +26,7 @@ def angle_deg(u_ND: Tensor, v_ND: Tensor) -> Tensor:
 
 
 def alignment(
-    net: DirectFeedback, x: Tensor, target: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    net: DirectFeedback, x: Any, target: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 ) -> dict[str, dict[str, float]]:
     """Compare `net`'s gradients with backpropagation's, same weights, same batch, in the net's current mode.
 
@@ -35,7 +37,8 @@ def alignment(
       averaged over the samples whose two signals are not zero (Lillicrap et al. 2016 use this angle; 90 is chance, 0 is
       backpropagation). NaN where all are zero, and at a point whose block has nothing to train.
     - `logit_cosine`: the mean cosine between the logits and h_l @ B_l^T, which the original code of DKP logs as
-      "cos_alignment"; not an angle between gradients. NaN for BP, FA and KP, which have no such B.
+      "cos_alignment"; not an angle between gradients. NaN for BP, FA and KP, which have no such B. With positions, the
+      readout is taken to those of the logits.
 
     and then a key for each trained parameter, by its name in the model, with
 
@@ -45,9 +48,9 @@ def alignment(
 
     Args:
         net: the wrapped model.
-        x: (N, ...) a probe batch on the net's device.
+        x: (N, ...) a probe batch on the net's device, or a tuple or dict of inputs as in `DirectFeedback`.
         target: what `loss_fn` takes beside the logits, (N,) class ids for the default.
-        loss_fn: the training loss, (logits (N, K), target) to a scalar.
+        loss_fn: the training loss, of logits and target, a scalar.
 
     Raises:
         ValueError: as `DirectFeedback` does in its forward pass.
@@ -61,7 +64,8 @@ def alignment(
             logits, activations = net.tapped_forward(x, cut=by_rule)
             routed = logits
             if by_rule and matrices:
-                routed = direct_feedback(logits, activations, matrices, rule=net.rule, target=target)
+                options: dict[str, Any] = {"class_dim": net.class_dim, "positions": net.positions, "loss": net.loss}
+                routed = direct_feedback(logits, activations, matrices, rule=net.rule, target=target, **options)
             tensors = [*activations, *parameters.values()]
             learning = [tensor for tensor in tensors if tensor.requires_grad]
             loss = loss_fn(routed, target)
@@ -70,14 +74,17 @@ def alignment(
 
     _, _, rule_grads = gradients(by_rule=True)
     logits, activations, bp_grads = gradients(by_rule=False)
+    logits_NPK = logits.movedim(net.class_dim, -1)
     result = {}
     for i, (point, h) in enumerate(zip(net.points, activations, strict=True)):
         rule_ND, bp_ND = (as_rows(grads[i], channels_last=False).float() for grads in (rule_grads, bp_grads))
         cosine = float("nan")
         if matrices:
             feedback_KD = as_rows(matrices[i], channels_last=False).float()
-            readout_NK = as_rows(h.detach(), channels_last=False).float() @ feedback_KD.T
-            cosine = F.cosine_similarity(logits.float(), readout_NK).mean().item()
+            seen = features_last(h.detach(), net.class_dim, net.positions)
+            seen = as_rows(seen, channels_last=False) if net.positions is None else seen
+            readout = to_positions(seen.float() @ feedback_KD.T, logits_NPK.shape[1:-1])
+            cosine = F.cosine_similarity(logits_NPK.float(), readout, dim=-1).mean().item()
         result[point] = {"alignment_deg": angle_deg(rule_ND, bp_ND).nanmean().item(), "logit_cosine": cosine}
     of_parameters = (grads[len(activations) :] for grads in (rule_grads, bp_grads))
     for name, rule, bp in zip(parameters, *of_parameters, strict=True):

@@ -6,20 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feedback.labels import IGNORED
 from feedback.rules import RULES, learned_rules
-from feedback.rules.rule import IGNORED
 
 UPDATES = ("optimizer", "inplace")
+POSITIONS = (None, "own", "pooled")
+MISSING = ("refuse", "skip")
 
 
 def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str) -> None:
-    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:])."""
+    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:]) or (K, D)."""
     if h.dim() < 2 or h.shape[0] != batch:
         raise ValueError(f"activation{name} has shape {shape_of(h)}, expected ({batch}, D, ...): as many as logits")
     expected = (classes, *h.shape[1:])
-    if feedback.shape != expected:
+    if feedback.shape not in (expected, (classes, h.shape[-1])):
         got = shape_of(feedback)
-        raise ValueError(f"feedback matrix{name} has shape {got}, expected {expected}: (K, *h.shape[1:])")
+        raise ValueError(
+            f"feedback matrix{name} has shape {got}, expected {expected}: (K, *h.shape[1:]). An h whose size changes"
+            " needs a B that has no positions: see `positions`"
+        )
 
 
 def refuse_float16(x: Tensor) -> None:
@@ -33,21 +38,38 @@ def refuse_float16(x: Tensor) -> None:
         )
 
 
-def check_logits(logits: Any) -> None:
-    """Raise ValueError unless `logits` is a Tensor (N, K)."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(f"direct feedback needs logits of shape (N, K), got {shape_of(logits)}")
+def check_logits(logits: Any, class_dim: int = -1) -> None:
+    """Raise ValueError unless `logits` is a Tensor (N, ...) with classes in dimension `class_dim`, not the first."""
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        raise ValueError(
+            f"direct feedback needs logits (N, K), or (N, ..., K), got {shape_of(logits)}: where the model returns"
+            " more, name them with logits="
+        )
+    if class_dim not in [*range(1, logits.dim()), *range(1 - logits.dim(), 0)]:
+        raise ValueError(
+            f"class_dim is {class_dim}, expected a dimension of the logits {shape_of(logits)}, not the first"
+        )
 
 
-def check_target(target: Any, batch: int, classes: int) -> None:
-    """Raise ValueError unless `target` is int64 class ids (N,), each below K or ignored.
+def check_target(target: Any, shape: Sequence[int], class_dim: int = -1, own_loss: bool = False) -> None:
+    """Raise ValueError unless `target` is for logits of `shape`: int64 class ids, or a probability for each logit.
 
-    Their values are looked at on a CPU alone: on CUDA that would be a synchronisation, and the loss checks them there.
+    The ids are looked at on a CPU alone: on CUDA that would be a synchronisation, and the loss checks them there.
+    With a loss of the caller's own, any Tensor will do.
     """
-    if not isinstance(target, Tensor) or target.shape != (batch,) or target.dtype != torch.int64:
+    if own_loss and isinstance(target, Tensor):
+        return
+    ids = list(shape)
+    classes = ids.pop(class_dim)
+    by_logit = isinstance(target, Tensor) and target.shape == tuple(shape) and target.is_floating_point()
+    by_id = isinstance(target, Tensor) and target.shape == tuple(ids) and target.dtype == torch.int64
+    if not by_logit and not by_id:
         kind = f"{target.dtype} {shape_of(target)}" if isinstance(target, Tensor) else shape_of(target)
-        raise ValueError(f"target is {kind}, expected class ids torch.int64 ({batch},)")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"target is {kind}, expected class ids torch.int64 {tuple(ids)}, or probabilities {tuple(shape)}; LAS takes"
+            " others with loss="
+        )
+    if by_id and target.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = target[((target < 0) & (target != IGNORED)) | (target >= classes)]
         if len(wrong):
             raise ValueError(
@@ -65,11 +87,16 @@ def check_tap(point: str, h: Any, reached: bool, cut: bool) -> None:
         raise ValueError(f"feedback point {point!r} runs without gradients: checkpoint it with use_reentrant=False")
 
 
-def check_taps(points: Sequence[str], taps: dict[str, tuple[Tensor, int]], unchanged: bool) -> None:
+def check_taps(points: Sequence[str], taps: dict[str, tuple[Tensor, int]], unchanged: bool, missing: str) -> None:
     """Raise ValueError unless each point was reached, and, where that matters, its output is as it was then."""
     for point in points:
         if point not in taps:
-            raise ValueError(f"feedback point {point!r} was never reached in the forward pass, expected once")
+            if missing == "skip":
+                continue
+            raise ValueError(
+                f"feedback point {point!r} was never reached in the forward pass, expected once. A block that a pass"
+                ' may leave out takes missing="skip"; one put in its place since needs a new wrapper'
+            )
         h, then = taps[point]
         if unchanged and then != version(h):
             raise ValueError(
@@ -97,11 +124,12 @@ def check_signals(model: nn.Module, points: Sequence[str], activations: Sequence
             )
 
 
-def check_shapes(points: Sequence[str], activations: Sequence[Tensor], logits: Tensor) -> None:
-    """Raise ValueError unless the activation at each point is (N, ...), N as of the logits (N, K)."""
-    batch, classes = logits.shape
+def check_shapes(points: Sequence[str], activations: Sequence[Tensor], batch: int, features: int | None) -> None:
+    """Raise ValueError unless the activation at each point is (`batch`, ...), with a dimension `features` if any."""
     for point, h in zip(points, activations, strict=True):
-        check_point(h, h.new_empty(classes, *h.shape[1:]), batch, classes, f" {point!r}")
+        check_point(h, h.new_empty(1, *h.shape[1:]), batch, 1, f" {point!r}")
+        if features is not None and features not in [*range(1, h.dim()), *range(1 - h.dim(), 0)]:
+            raise ValueError(f"activation {point!r} has shape {shape_of(h)}, expected features in dimension {features}")
 
 
 def version(h: Tensor) -> int:
@@ -125,6 +153,9 @@ def check_options(
     update: str,
     feedback_lr: float | None,
     feedback_weight_decay: float | None,
+    positions: str | None,
+    missing: str,
+    loss: Any,
 ) -> None:
     """Raise ValueError for arguments of `DirectFeedback` that cannot be, before anything is run."""
     if rule not in RULES:
@@ -137,6 +168,12 @@ def check_options(
         raise ValueError(f'feedback_lr goes with update="inplace": got feedback_lr={feedback_lr}, update={update!r}')
     if feedback_weight_decay is not None and update != "inplace":
         raise ValueError(f'feedback_weight_decay goes with update="inplace", got update={update!r}')
+    if positions not in POSITIONS:
+        raise ValueError(f"positions is {positions!r}, expected one of {POSITIONS}")
+    if missing not in MISSING:
+        raise ValueError(f"missing is {missing!r}, expected one of {MISSING}")
+    if loss is not None and rule != "LAS":
+        raise ValueError(f"loss goes with rule LAS, whose B learns by it: got rule {rule!r}")
     if isinstance(points, str) or not points:
         raise ValueError(f"points is {points!r}, expected a sequence of one or more submodule names")
     modules = dict(model.named_modules(remove_duplicate=False))

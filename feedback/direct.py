@@ -4,13 +4,15 @@ Shapes: N batch, K classes.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from feedback.checks import check_logits, check_point, check_target, refuse_float16
 from feedback.functional import broadcast_error, feedback_point
+from feedback.labels import Labels, Loss
+from feedback.positions import features_last
 from feedback.rules import RULES
 
 
@@ -21,6 +23,9 @@ def direct_feedback(
     *,
     rule: str = "DKP",
     target: Tensor | None = None,
+    class_dim: int = -1,
+    positions: str | None = None,
+    loss: Loss | None = None,
     inplace_lr: float | Tensor | None = None,
     inplace_weight_decay: float | Tensor = 0.0,
     group: Any = None,
@@ -33,13 +38,14 @@ def direct_feedback(
     `feedback.DirectFeedback` does that for any module.
 
     Args:
-        logits: (N, K), the network's output before the loss.
+        logits: (N, K) or with positions, the network's output before the loss.
         activations: h_l, each (N, ...), still attached to its own block's graph.
-        matrices: B_l, each (K, *h_l.shape[1:]). One that requires a gradient learns.
+        matrices: B_l, each (K, *h_l.shape[1:]), or with `positions` (K, D). One that requires a gradient learns.
         rule: a direct rule of `feedback.RULES`: it defines which error is multiplied by B for the signal, and which by
             h for B's gradient.
-        target: (N,) int64 class ids, 0 to K - 1, for a rule that needs them; an image with -100, the `ignore_index` of
-            `F.cross_entropy`, is left out. Scaling the loss does not scale the terms that the rule computes from them.
+        target: (N, ...) int64 class ids, 0 to K - 1, for a rule that needs them; what has -100, the `ignore_index` of
+            `F.cross_entropy`, is left out. Or a probability for each logit.
+        class_dim, positions, loss: as in `DirectFeedback`, but that here None stands for no positions.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. A number;
             pass a 0-d Tensor, on a GPU beside B, to change it without recompiling, or in a captured graph.
@@ -50,16 +56,20 @@ def direct_feedback(
     Raises:
         ValueError: logits that are not a Tensor (N, K); an activation or a matrix of another shape; not as many
             matrices as activations; a rule that is not direct; a matrix that is to learn by a rule whose B is fixed; a
-            target that is no (N,) class ids; a B that the update in place cannot write to; that update, or a rule that
+            target for other logits; a B that the update in place cannot write to; that update, or a rule that
             needs the target, in float16.
     """
-    check_logits(logits)
+    check_logits(logits, class_dim)
     if len(activations) != len(matrices):
         raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
-    for i, (h, feedback) in enumerate(zip(activations, matrices, strict=True)):
-        check_point(h, feedback, len(logits), logits.shape[1], f" {i}")
+    seen = [features_last(h, class_dim, positions) for h in activations]
+    for i, (h, feedback) in enumerate(zip(seen, matrices, strict=True)):
+        check_point(h, feedback, len(logits), logits.shape[class_dim], f" {i}")
+    labels = None
     if rule in RULES and RULES[rule].needs_target:
-        check_target(target, *logits.shape)
+        check_target(target, logits.shape, class_dim, own_loss=loss is not None)
+        logits_positions = [*logits.movedim(class_dim, -1).shape[1:-1]]
+        labels = Labels(cast(Tensor, target), logits.shape[class_dim], loss, class_dim, positions=logits_positions)
     lr = inplace_lr if isinstance(inplace_lr, Tensor) else None
     decay = None
     if inplace_lr is not None:
@@ -68,9 +78,10 @@ def direct_feedback(
             lr = torch.full((), float(inplace_lr), dtype=dtype, device=logits.device)
         decay = torch.as_tensor(inplace_weight_decay, dtype=torch.float64)
         refuse_float16(logits)
-    options: dict[str, Any] = {"rule": rule, "target": target, "group": group, "found_inf": found_inf}
-    zeros = [
-        feedback_point(h, feedback, inplace_lr=lr, inplace_weight_decay=decay, **options)
-        for h, feedback in zip(activations, matrices, strict=True)
+    options: dict[str, Any] = {"rule": rule, "labels": labels, "group": group, "found_inf": found_inf}
+    empties = [
+        empty
+        for h, feedback in zip(seen, matrices, strict=True)
+        for empty in feedback_point(h, feedback, inplace_lr=lr, inplace_weight_decay=decay, **options)
     ]
-    return broadcast_error(logits, zeros)
+    return broadcast_error(logits, empties, class_dim, labels)

@@ -270,7 +270,7 @@ class Pipeline:
         for number, (output, error, work) in enumerate(zip(outputs, errors, due, strict=True)):
             with self._phase("wait", number):
                 work.wait()
-            self._go_backward(number, output, error)
+            self._go_backward(number, output, error, share=len(error) / len(target))
         self._average_over_replicas()
         if self.last:
             return torch.cat([out.detach() for out, _ in outputs]), torch.stack(losses).sum()
@@ -286,7 +286,7 @@ class Pipeline:
         """Run the micro-batches; on the last stage, send e of each to all: `error_of(logits, targets)`, (N, K).
 
         Returns:
-            For each micro-batch: this stage's output and its points' zeros; e; and when it has come.
+            For each micro-batch: this stage's output and its points' empties; e; and when it has come.
         """
         if len(target) < micro_batches:
             raise ValueError(f"got {len(target)} images for {micro_batches} micro-batches, expected as many or more")
@@ -298,8 +298,8 @@ class Pipeline:
         for number, (h, piece) in enumerate(zip(self._inputs(x, sizes), targets, strict=True)):
             with self._phase("forward", number):
                 with self._autocast(piece.device):
-                    out, zeros = self.net.forward_with_zeros(h, piece)
-                outputs.append((out, zeros))
+                    out, empties = self.net.forward_with_empties(self.net.labels_of(piece), h)
+                outputs.append((out, empties))
                 if self.last:
                     back.append(error_of(out, piece).contiguous())
             if self.last:
@@ -311,16 +311,16 @@ class Pipeline:
             due = [self._broadcast(rows) for rows in back]
         return outputs, back, due
 
-    def _go_backward(self, number: int, output: tuple[Tensor, list[Tensor]], error: Tensor) -> None:
-        """The backward pass of a micro-batch in this stage, from e (N, K)."""
-        out, zeros = output
+    def _go_backward(self, number: int, output: tuple[Tensor, list[Tensor]], error: Tensor, share: float) -> None:
+        """The backward pass of a micro-batch, a `share` of the batch, in this stage, from e (N, K)."""
+        out, empties = output
         with self._phase("backward", number):
             if self.net.found_inf is not None:  # of this micro-batch, or one before
                 self.net.found_inf.copy_(~error.sum().isfinite() | (self.net.found_inf == 1))
                 if self.replicas is not None:
                     dist.all_reduce(self.net.found_inf, dist.ReduceOp.MAX, self.replicas)
-            roots = [root for root in ([*zeros, out] if self.last else zeros) if root.requires_grad]
-            torch.autograd.backward(roots, [error] * len(roots))
+            roots = [root for root in ([*empties, out] if self.last else empties) if root.requires_grad]
+            torch.autograd.backward(roots, [error if root.dim() else root.new_full((), share) for root in roots])
         if self._sending:  # it has arrived: something came back for it
             self._sending.pop(0).wait()
 

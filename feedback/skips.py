@@ -5,11 +5,13 @@ up comes by backpropagation: a path leads around a point, or the weight is share
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from feedback.calls import tensors_in
 
 SHOWN = 6  # names in a message
 
@@ -42,7 +44,7 @@ def reached_twice(model: nn.Module, ends: Mapping[str, Tensor]) -> dict[str, lis
     return found
 
 
-def separators(model: nn.Module, example: Tensor) -> list[str]:
+def separators(model: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     """The first submodules, outermost first, past which no path leads: all that flows on passes through their output.
 
     One whose output is that of a module around it is left out.
@@ -61,7 +63,7 @@ def separators(model: nn.Module, example: Tensor) -> list[str]:
         if name
     ]
     try:
-        logits = model(example)
+        logits = run()
     finally:
         for handle in handles:
             handle.remove()
@@ -71,10 +73,10 @@ def separators(model: nn.Module, example: Tensor) -> list[str]:
         below = reached(node)
         if calls[name] == 1 and node is not top and node not in found and below and not below & reached(top, node):
             found[node] = name
-    return [name for name in itertools.islice(found.values(), 2 * SHOWN) if cuts(model, name, example)]
+    return [name for name in itertools.islice(found.values(), 2 * SHOWN) if cuts(model, name, run)]
 
 
-def cuts(model: nn.Module, name: str, example: Tensor) -> bool:
+def cuts(model: nn.Module, name: str, run: Callable[[], Tensor]) -> bool:
     """Whether the submodule's output, detached, leaves no path: another hook may have taken the output before."""
     outputs: list[Tensor] = []
 
@@ -84,30 +86,52 @@ def cuts(model: nn.Module, name: str, example: Tensor) -> bool:
 
     handle = model.get_submodule(name).register_forward_hook(detach)
     try:
-        logits = model(example)
+        logits = run()
     finally:
         handle.remove()
     return not reached(outputs[0].grad_fn) & reached(logits.grad_fn)
 
 
-def check_skips(model: nn.Module, example: Tensor, ends: Mapping[str, Tensor]) -> None:
+def check_skips(model: nn.Module, run: Callable[[], Tensor], ends: Mapping[str, Tensor]) -> None:
     """Raise ValueError where a parameter is reached twice, naming it and the points that would do.
 
     Args:
         model: with its points cut; without gradients or in training mode it is as it was before.
-        example: an input.
+        run: runs the model on an example and returns its logits.
         ends: each point's h_l and the logits, of a forward pass with the points cut.
     """
     twice = reached_twice(model, ends)
     if not twice:
         return
     first, *others = next(iter(twice.values()))
-    instead = separators(model, example)
+    instead = separators(model, run)
     raise ValueError(
         f"a path leads around a feedback point, or a weight is shared: {some(twice)} would learn from {first!r} and by"
         f" backpropagation from {some(others)} as well. No path leads around {some(instead) or 'any module'}: take"
         " points of these, or allow_skips=True to train so all the same"
     )
+
+
+def check_other_outputs(out: Any, logits: Tensor) -> None:
+    """Raise ValueError where the model itself computes a loss from its logits: the error would not go to the points."""
+    for other in tensors_in(out):
+        if other.dim() == 0 and other.grad_fn is not None and passes(other.grad_fn, logits.grad_fn):
+            raise ValueError(
+                "the model returns a loss of its logits, whose error would not reach the feedback points: call it"
+                " without labels, and compute the loss from the logits that it returns"
+            )
+
+
+def passes(root: Any, node: Any) -> bool:
+    """Whether a backward pass from `root` gets to `node`, both nodes of autograd's graph."""
+    nodes, seen = [root], {root}
+    while nodes:
+        following = {following for following, _ in nodes.pop().next_functions if following is not None} - seen
+        if node in following:
+            return True
+        seen |= following
+        nodes.extend(following)
+    return False
 
 
 def some(names: Iterable[str]) -> str:

@@ -1,22 +1,26 @@
 """`DirectFeedback`: train any classifier by direct feedback instead of backpropagation."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from feedback import checks
+from feedback.calls import arguments, logits_in, tensors_in, with_logits
 from feedback.checks import feedback_name, version
 from feedback.functional import broadcast_error, feedback_point
+from feedback.labels import Labels, Loss
 from feedback.layerwise import fed_back, feedback_layers
 from feedback.layout import is_channels_last
+from feedback.positions import features_last
 from feedback.rules import RULES
-from feedback.skips import check_skips
-from feedback.state import untouched
+from feedback.skips import check_other_outputs, check_skips
+from feedback.state import materialize, untouched
 
 LOGITS = "the logits"
 
@@ -26,8 +30,12 @@ class _Pass(NamedTuple):
 
     cut: bool
     taps: dict[str, tuple[Tensor, int]]  # each point's output and its version counter
-    zeros: list[Tensor] | None = None  # of `feedback_point`, so far
-    target: Tensor | None = None
+    empties: list[Tensor] | None = None  # of `feedback_point`, so far
+    labels: Labels | None = None
+
+    def again(self) -> "_Pass":
+        """One like this, that has not begun."""
+        return self._replace(taps={}, empties=None if self.empties is None else [])
 
 
 class _Handles(list[RemovableHandle]):
@@ -43,13 +51,22 @@ class _Handles(list[RemovableHandle]):
 class _Hooks:
     """The hooks on a model, and what they need: not the wrapper, so that it is freed when it is dropped."""
 
-    def __init__(self, rule: str, lr: float | None, weight_decay: float | None, group: Any) -> None:
+    def __init__(
+        self,
+        rule: str,
+        lr: float | None,
+        weight_decay: float | None,
+        group: Any,
+        class_dim: int,
+        positions: str | None,
+    ) -> None:
         self.rule, self.feedback, self.group = rule, nn.Module(), group
+        self.class_dim, self.positions = class_dim, positions
         self.lr = None if lr is None else torch.tensor(lr, dtype=torch.float64)
         self.weight_decay = torch.tensor(weight_decay or 0.0, dtype=torch.float64)
         self.found_inf: Tensor | None = None
         self.under_way: _Pass | None = None
-        self.last: _Pass | None = None  # without its tensors but the target
+        self.last: _Pass | None = None  # without its tensors but the labels
 
     def current_pass(self) -> _Pass | None:
         """The pass under way. Where a checkpointed block runs again in the backward pass: one like the last."""
@@ -58,7 +75,7 @@ class _Hooks:
         if torch._C._current_graph_task_id() < 0:  # not in a backward pass: the bare model is called
             self.last = None if torch.is_grad_enabled() else self.last
             return None
-        return self.last and self.last._replace(taps={}, zeros=None if self.last.zeros is None else [])
+        return self.last and self.last.again()
 
     def tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
         under_way = self.current_pass()
@@ -69,14 +86,14 @@ class _Hooks:
             self.lr = self.lr.to(h.device, torch.float32)
         checks.check_tap(point, h, point in under_way.taps, cut)
         under_way.taps[point] = h, version(h)
-        if cut and under_way.zeros is not None:
-            under_way.zeros.append(
+        if cut and under_way.empties is not None:
+            under_way.empties.extend(
                 feedback_point(
-                    h,
+                    features_last(h, self.class_dim, self.positions),
                     getattr(self.feedback, feedback_name(point)),
                     rule=self.rule,
                     name=f" {point!r}",
-                    target=under_way.target,
+                    labels=under_way.labels,
                     inplace_lr=self.lr,
                     inplace_weight_decay=self.weight_decay,
                     group=self.group,
@@ -148,39 +165,55 @@ class DirectFeedback(nn.Module):
         model: nn.Module,
         points: Sequence[str],
         rule: str,
-        example: Tensor,
+        example: Any,
         *,
+        logits: str | int | None = None,
+        class_dim: int = -1,
+        positions: str | None = None,
         update: str = "optimizer",
         feedback_lr: float | None = None,
         feedback_weight_decay: float | None = None,
+        loss: Loss | None = None,
         init: Callable[[Tensor], Any] | None = None,
         group: Any = None,
         classes: int | None = None,
+        missing: str = "refuse",
         allow_skips: bool = False,
     ) -> None:
         super().__init__()
-        checks.check_options(model, points, rule, update, feedback_lr, feedback_weight_decay)
+        rates = feedback_lr, feedback_weight_decay
+        checks.check_options(model, points, rule, update, *rates, positions, missing, loss)
         self.model = model
         self.points = tuple(points)
         self.rule = rule
         self.update = update
+        self.class_dim = class_dim
+        self.loss = loss
+        self.missing = missing
         self.allow_skips = allow_skips
         self._feedback_lr = feedback_lr
-        self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay, group)
+        self._logits = logits
+        self._hooks = hooks = _Hooks(rule, *rates, group, class_dim, positions)
         self.feedback = hooks.feedback
+        first = next(tensors_in(example), None)
+        self._device_type = "cpu" if first is None or first.is_meta else first.device.type
+        materialize(model, lambda: self._call(example))
         # partial of a bound method: a deep copy's hooks then belong to the copy
         taps = {point: functools.partial(hooks.tap, point) for point in self.points}
         self._handles = _Handles(model.get_submodule(point).register_forward_hook(tap) for point, tap in taps.items())
         try:
-            with untouched(model), torch.no_grad(), torch.autocast(example.device.type, enabled=False):
-                model.eval()
-                logits, activations = self.tapped_forward(example, cut=False)
+            with self._looking(torch.no_grad()):
+                out, activations = self.tapped_forward(example, cut=False)
             if classes is None:
-                checks.check_below(self.points, activations, logits)
+                checks.check_below(self.points, activations, out)
             else:
-                logits = logits.new_empty(len(example), classes)
-            checks.check_logits(logits)
-            checks.check_shapes(self.points, activations, logits)
+                out = out.new_empty(len(out), classes)
+            checks.check_logits(out, class_dim)
+            self.positions = hooks.positions = positions or (None if out.dim() == 2 else "own")
+            self._classes = out.shape[class_dim]
+            if positions == "own" and out.dim() == 2:
+                raise ValueError('positions is "own", expected "pooled" or None: the logits (N, K) have no positions')
+            checks.check_shapes(self.points, activations, len(out), None if self.positions is None else class_dim)
             if not (allow_skips or RULES[rule].chained):
                 self._check_paths(example)
             layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
@@ -196,15 +229,28 @@ class DirectFeedback(nn.Module):
             raise
         if not RULES[rule].chained:
             for point, h in zip(self.points, activations, strict=True):
-                self._add_feedback(point, logits.shape[1], h, init or nn.init.kaiming_uniform_)
+                if self.positions is not None:
+                    h = h.movedim(class_dim, -1).flatten(0, -2)
+                self._add_feedback(point, self._classes, h, init or nn.init.kaiming_uniform_)
 
-    def _check_paths(self, example: Tensor) -> None:
+    @contextlib.contextmanager
+    def _looking(self, grad_mode: Any) -> Iterator[None]:
+        """Run the model in eval mode and full precision, uncompiled, without a trace."""
         eager = torch.compiler.set_stance("force_eager")  # a compiled model's parameters all hang on one node
-        with untouched(self.model), torch.enable_grad(), torch.autocast(example.device.type, enabled=False), eager:
+        with untouched(self.model), grad_mode, torch.autocast(self._device_type, enabled=False), eager:
             self.model.eval()
+            yield
+
+    def _check_paths(self, example: Any) -> None:
+        with self._looking(torch.enable_grad()):
             out, activations = self.tapped_forward(example, cut=True)
             checks.check_signals(self.model, self.points, activations)
-            check_skips(self.model, example, dict(zip((*self.points, LOGITS), (*activations, out), strict=True)))
+            ends = dict(zip((*self.points, LOGITS), (*activations, out), strict=True))
+            check_skips(self.model, lambda: logits_in(self._call(example), self._logits), ends)
+
+    def _call(self, example: Any) -> Any:
+        inputs, named = arguments(example)
+        return self.model(*inputs, **named)
 
     def _add_feedback(self, point: str, classes: int, h: Tensor, init: Callable[[Tensor], Any]) -> None:
         matrix_KD = torch.empty(classes, math.prod(h.shape[1:]))  # on the CPU: a seed gives one B on every device
@@ -260,12 +306,13 @@ class DirectFeedback(nn.Module):
     def found_inf(self, value: Tensor) -> None:
         self._hooks.found_inf = value
 
-    def forward(self, x: Tensor, *, target: Tensor | None = None) -> Tensor:
-        """Return the model's logits (N, K).
+    def forward(self, *inputs: Any, target: Tensor | None = None, **named: Any) -> Any:
+        """Return what the model returns for these inputs.
 
         Args:
-            x: (N, ...), as the example.
-            target: (N,) class ids, or -100 to ignore an image. LAS and DRTP need it to train; other rules ignore it.
+            inputs, named: the model's, all but `target`.
+            target: what the loss takes beside the logits: class ids (N, ...), or -100 to ignore one; or a probability
+                for each logit. LAS and DRTP need it to train; other rules ignore it.
 
         Raises:
             ValueError: as the class does, and in training without a target that the rule needs.
@@ -276,43 +323,66 @@ class DirectFeedback(nn.Module):
                 "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
             )
         if not rule.has_feedback or not (self.training and torch.is_grad_enabled()):
-            return self.model(x)
+            return self.model(*inputs, **named)
         if rule.layerwise:
-            return self.tapped_forward(x, cut=True)[0]
-        routed = broadcast_error(*self.forward_with_zeros(x, target))
+            return self._run(_Pass(cut=True, taps={}), inputs, named)
+        labels = self.labels_of(target)
+        out, empties = self.forward_with_empties(labels, *inputs, **named)
+        logits = logits_in(out, self._logits)
+        checks.check_logits(logits, self.class_dim)
+        if labels is not None:
+            checks.check_target(target, logits.shape, self.class_dim, own_loss=self.loss is not None)
+            cast(list, labels.positions)[:] = logits.movedim(self.class_dim, -1).shape[1:-1]
+        if out is not logits:
+            check_other_outputs(out, logits)
+        routed = broadcast_error(logits, empties, self.class_dim, labels)
         if self.update == "inplace":
             checks.refuse_float16(routed)
-        return routed
+        return with_logits(out, self._logits, routed)
 
-    def forward_with_zeros(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the model's output by a direct rule, and the zeros (N, K) whose gradient is to be e."""
-        if RULES[self.rule].needs_target:
-            if target is None:
-                raise ValueError(f"{self.rule} reads the labels: call net(x, target=y) in training, with y (N,) int64")
-            checks.check_target(target, len(x), len(self.matrices()[0]))
-        zeros: list[Tensor] = []
-        return self._run(x, _Pass(cut=True, taps={}, zeros=zeros, target=target))[0], zeros
+    def labels_of(self, target: Tensor | None) -> Labels | None:
+        """The labels of a batch, for a rule that reads them.
 
-    def tapped_forward(self, x: Tensor, cut: bool) -> tuple[Tensor, list[Tensor]]:
-        """Run the model; return its logits and each point's h_l.
+        Raises:
+            ValueError: there are none.
+        """
+        if not RULES[self.rule].needs_target:
+            return None
+        if target is None:
+            raise ValueError(
+                f"{self.rule} reads the labels: call net(x, target=y) in training, with y as the loss takes it"
+            )
+        return Labels(target, self._classes, self.loss, self.class_dim, positions=[])
+
+    def forward_with_empties(self, labels: Labels | None, *inputs: Any, **named: Any) -> tuple[Any, list[Tensor]]:
+        """Return the model's output by a direct rule, and the points' empties, whose gradient is to be e."""
+        empties: list[Tensor] = []
+        return self._run(_Pass(cut=True, taps={}, empties=empties, labels=labels), inputs, named), empties
+
+    def tapped_forward(self, example: Any, cut: bool) -> tuple[Tensor, list[Tensor]]:
+        """Run the model on an input as the example; return its logits and each point's h_l.
 
         With `cut`, build the graph that the rule trains with: h_l is detached; by FA and KP the gradient passes through
         B; by BP nothing changes.
         """
-        return self._run(x, _Pass(cut=cut, taps={}))
+        under_way = _Pass(cut=cut, taps={})
+        out = self._run(under_way, *arguments(example), missing="refuse")
+        return logits_in(out, self._logits), [under_way.taps[point][0] for point in self.points]
 
-    def _run(self, x: Tensor, under_way: _Pass) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, under_way: _Pass, inputs: tuple, named: dict[str, Any], missing: str | None = None) -> Any:
         self._hooks.under_way = under_way
         if not torch.compiler.is_compiling():
-            self._hooks.last = under_way._replace(taps={}, zeros=None if under_way.zeros is None else [])
+            self._hooks.last = under_way.again()
         try:
-            logits = self.model(x)
+            out = self.model(*inputs, **named)
         finally:
             self._hooks.under_way = None
-        checks.check_taps(self.points, under_way.taps, unchanged=RULES[self.rule].learns)
-        return logits, [under_way.taps[point][0] for point in self.points]
+        unchanged = RULES[self.rule].learns
+        checks.check_taps(self.points, under_way.taps, unchanged=unchanged, missing=missing or self.missing)
+        return out
 
     def extra_repr(self) -> str:
         update = f", update={self.update}" if RULES[self.rule].learns else ""
+        positions = f", positions={self.positions}" if RULES[self.rule].sent and self.positions else ""
         skips = ", allow_skips=True" if self.allow_skips else ""
-        return f"rule={self.rule}, points={self.points}{update}{skips}"
+        return f"rule={self.rule}, points={self.points}{positions}{update}{skips}"

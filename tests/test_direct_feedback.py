@@ -468,8 +468,8 @@ class Twice(nn.Module):
         (lambda x: DirectFeedback(Twice(), ("head",), "DKP", x, update="inplace"), "got feedback_lr=None"),
         (lambda x: DirectFeedback(Twice(), ("head",), "DKP", x, feedback_lr=0.1), "got feedback_lr=0.1"),
         (lambda x: DirectFeedback(Twice(), ("head",), "DKP", x, feedback_weight_decay=0.1), "got update='optimizer'"),
-        (lambda x: DirectFeedback(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Unflatten(1, (3, 1))), ("0",), "DKP", x),
-         r"\(N, K\), got \(2, 3, 1\)"),
+        (lambda x: DirectFeedback(nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)), ("0",), "DKP", x),
+         r"\(N, K\), or \(N, \.\.\., K\), got \(6,\)"),
         (lambda x: DirectFeedback(nn.ModuleDict({"a": nn.Sequential(nn.Tanh()), "a_0": nn.Tanh()}), ("a.0", "a_0"),
                                   "DKP", x), "has the name of another"),
         (lambda x: DirectFeedback(nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 3)), ("0",), "DFA", x), "got a tuple"),
@@ -515,7 +515,8 @@ def test_another_image_size_than_the_examples_is_refused():
 @pytest.mark.parametrize(
     ("logits", "activations", "matrices", "message"),
     [
-        ((4, 3, 2), [(4, 5)], [(3, 5)], r"\(N, K\), got \(4, 3, 2\)"),
+        ((4,), [(4, 5)], [(3, 5)], r"\(N, K\), or \(N, \.\.\., K\), got \(4,\)"),
+        ((4, 3), [(4, 7, 5)], [(3, 5)], r"a point has positions \(7,\), the logits \(\)"),
         ((4, 3), [(4, 5)], [], "got 1 activations and 0 feedback matrices"),
         ((4, 3), [(4, 5)], [(5, 3)], r"feedback matrix 0 has shape \(5, 3\), expected \(3, 5\)"),
         ((4, 3), [(4, 5, 1)], [(3, 5)], r"feedback matrix 0 has shape \(3, 5\), expected \(3, 5, 1\)"),

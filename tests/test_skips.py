@@ -159,8 +159,10 @@ def test_a_point_from_which_nothing_would_learn_is_refused(rule, points):
 
 
 def test_a_second_input_is_not_taken_for_the_target():
-    with pytest.raises(TypeError, match="takes 2 positional arguments"):
+    with pytest.raises(ValueError, match="LAS reads the labels"):
         wrap(Around(), ["stem"], "LAS")(X, Y)
+    with pytest.raises(TypeError, match="takes 2 positional arguments"):
+        wrap(Around(), ["stem"], "DFA")(X, Y)
 
 
 @pytest.mark.parametrize("rule", DIRECT)

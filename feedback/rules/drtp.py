@@ -5,12 +5,13 @@ grad_h_l = -(one-hot target / N) @ B_l    the part of e that is known before the
 
 from torch import Tensor
 
-from feedback.rules.rule import Rule, mean_over_labelled, one_hot
+from feedback.labels import Labels
+from feedback.rules.rule import Rule
 
 
-def target_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, target_N: Tensor) -> Tensor:
+def target_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, labels: Labels) -> Tensor:
     """-y / N (N, K), y the one-hot target: e = (softmax(logits) - y) / N without its first part."""
-    return -mean_over_labelled(one_hot(target_N, len(feedback_KD)).to(error_NK.dtype), target_N)
+    return -labels.seen(labels.shares(error_NK.dtype))
 
 
 DRTP = Rule("DRTP", sent=target_error, needs_target=True)

@@ -1,34 +1,21 @@
 """What a learning rule is made of.
 
-Shapes: N images, K classes, D features of one block.
+Shapes: N images, or positions of all images; K classes, D features of one block.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-ErrorOf = Callable[..., Tensor]  # (e (N, K), h (N, D), B (K, D), labels (N,)) to (N, K); h is None for `sent`
+from feedback.labels import Labels
+
+ErrorOf = Callable[..., Tensor]  # (e (N, K), h (N, D), B (K, D), `Labels`) to (N, K); h is None for `sent`
 
 
-IGNORED = -100  # a label: its image has no error, as by `F.cross_entropy`
-
-
-def output_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, target_N: Tensor | None) -> Tensor:
+def output_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, labels: Labels | None) -> Tensor:
     """e itself, dL/dlogits (N, K)."""
     return error_NK
-
-
-def mean_over_labelled(error_NK: Tensor, target_N: Tensor) -> Tensor:
-    """Each image's error (N, K) as its part of a mean over the images: zero for those whose label is `IGNORED`."""
-    labelled_N1 = (target_N != IGNORED)[:, None]
-    return error_NK * labelled_N1 / labelled_N1.sum().clamp(min=1)
-
-
-def one_hot(target_N: Tensor, classes: int) -> Tensor:
-    """The labels as (N, K) of ones and zeros; any class for those that are `IGNORED`."""
-    return F.one_hot(target_N.clamp(min=0), classes)
 
 
 @dataclass(frozen=True)

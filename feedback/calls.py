@@ -1,0 +1,71 @@
+"""How a model is called, and where its output has the logits."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from feedback.checks import shape_of
+
+
+def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments: a tuple is the first, a dict the second, anything else is one argument."""
+    if isinstance(example, tuple):
+        return example, {}
+    return ((), dict(example)) if isinstance(example, Mapping) else ((example,), {})
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every Tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def logits_in(output: Any, key: str | int | None) -> Any:
+    """The model's output, or what it has under `key`: an attribute, a dict's key or an index.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if key is None:
+        return output
+    if not isinstance(output, Mapping) and isinstance(key, str) and hasattr(output, key):
+        return getattr(output, key)
+    try:
+        return output[key]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"the model returns {described(output)}, expected logits in it at {key!r}") from None
+
+
+def with_logits(output: Any, key: str | int | None, logits: Tensor) -> Any:
+    """A copy of the model's output with other logits."""
+    if key is None:
+        return logits
+    if isinstance(output, tuple):
+        if isinstance(key, str):
+            return output._replace(**{key: logits})  # type: ignore[attr-defined]
+        items = [*output]
+        items[key] = logits
+        return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
+    output = copy.copy(output)
+    if isinstance(output, (Mapping, list)):
+        output[key] = logits  # type: ignore[index]
+    else:
+        setattr(output, str(key), logits)
+    return output
+
+
+def described(output: Any) -> str:
+    """For messages: an output's type, and what it has where."""
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with {list(output)}"
+    if isinstance(output, (list, tuple)):
+        return f"a {type(output).__name__} of {len(output)}"
+    return shape_of(output)
