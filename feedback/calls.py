@@ -1,6 +1,8 @@
 """How a model is called, and where its output has the logits."""
 
+import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +19,7 @@ def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every Tensor in nested dicts, lists and tuples."""
+    """Every Tensor in nested dicts, lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -26,6 +28,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value):
+        yield from tensors_in(vars(value))
 
 
 def logits_in(output: Any, key: str | int | None) -> Any:
@@ -38,10 +42,10 @@ def logits_in(output: Any, key: str | int | None) -> Any:
         return output
     if not isinstance(output, Mapping) and isinstance(key, str) and hasattr(output, key):
         return getattr(output, key)
-    try:
-        return output[key]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"the model returns {described(output)}, expected logits in it at {key!r}") from None
+    if isinstance(output, (Mapping, list, tuple)):
+        with contextlib.suppress(LookupError, TypeError):
+            return output[key]  # type: ignore[index]
+    raise ValueError(f"the model returns {described(output)}, expected logits in it at {key!r}")
 
 
 def with_logits(output: Any, key: str | int | None, logits: Tensor) -> Any:

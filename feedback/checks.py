@@ -12,6 +12,11 @@ from feedback.rules import RULES, learned_rules
 UPDATES = ("optimizer", "inplace")
 POSITIONS = (None, "own", "pooled")
 MISSING = ("refuse", "skip")
+MODES = "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
+BARE = (
+    "the model is called without its wrapper, in training and with gradients, and would learn by backpropagation: call"
+    " the wrapper. To have the bare model, take net.unwrap(), net.eval() or torch.no_grad()"
+)
 
 
 def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str) -> None:
@@ -28,13 +33,13 @@ def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str
 
 
 def refuse_float16(x: Tensor) -> None:
-    """Raise ValueError if `x`, or autocast on its device, is float16: a GradScaler would scale B's step, or miss it."""
+    """Raise ValueError if `x`, or autocast on its device, is float16: a GradScaler would scale B's step in place."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float16 in (autocast, x.dtype):
         raise ValueError(
-            "the update of B in place, and rules that read the labels, got float16, expected float32 or bfloat16: a"
-            ' GradScaler scales the loss alone. Use bfloat16, or DKP with update="optimizer"'
+            "the update of B in place got float16, expected float32 or bfloat16: a GradScaler would scale the step. Use"
+            ' bfloat16, or update="optimizer"'
         )
 
 

@@ -56,8 +56,7 @@ def direct_feedback(
     Raises:
         ValueError: logits that are not a Tensor (N, K); an activation or a matrix of another shape; not as many
             matrices as activations; a rule that is not direct; a matrix that is to learn by a rule whose B is fixed; a
-            target for other logits; a B that the update in place cannot write to; that update, or a rule that
-            needs the target, in float16.
+            target for other logits; a B that the update in place cannot write to; that update in float16.
     """
     check_logits(logits, class_dim)
     if len(activations) != len(matrices):

@@ -170,9 +170,8 @@ def feedback_point(
         raise ValueError(f"rule is {rule!r}, expected one of {[key for key, r in RULES.items() if not r.chained]}")
     if (feedback.requires_grad or inplace_lr is not None) and not RULES[rule].learns:
         raise ValueError(f"feedback matrix{name} is to learn, expected it fixed by {rule}")
-    if RULES[rule].needs_target or inplace_lr is not None:
-        refuse_float16(h)
     if inplace_lr is not None:
+        refuse_float16(h)
         if feedback.requires_grad or not (feedback.is_contiguous() or is_channels_last(feedback)):
             raise ValueError(
                 "a feedback matrix is to be updated in place: expected requires_grad=False and contiguous or"

@@ -38,6 +38,11 @@ class _Pass(NamedTuple):
         return self._replace(taps={}, empties=None if self.empties is None else [])
 
 
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass, in which a checkpointed block runs again."""
+    return torch._C._current_graph_task_id() >= 0
+
+
 class _Handles(list[RemovableHandle]):
     """Of the hooks on a model, which go with the last wrapper that has these handles."""
 
@@ -50,6 +55,8 @@ class _Handles(list[RemovableHandle]):
 
 class _Hooks:
     """The hooks on a model, and what they need: not the wrapper, so that it is freed when it is dropped."""
+
+    running = 0  # passes of any wrapper
 
     def __init__(
         self,
@@ -72,7 +79,7 @@ class _Hooks:
         """The pass under way. Where a checkpointed block runs again in the backward pass: one like the last."""
         if self.under_way is not None or torch.compiler.is_compiling():
             return self.under_way
-        if torch._C._current_graph_task_id() < 0:  # not in a backward pass: the bare model is called
+        if not in_backward():  # the bare model is called
             self.last = None if torch.is_grad_enabled() else self.last
             return None
         return self.last and self.last.again()
@@ -80,6 +87,9 @@ class _Hooks:
     def tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
         under_way = self.current_pass()
         if under_way is None:
+            alone = not (_Hooks.running or torch.compiler.is_compiling() or in_backward())
+            if alone and module.training and torch.is_grad_enabled() and RULES[self.rule].has_feedback:
+                raise ValueError(checks.BARE)
             return None
         cut = under_way.cut and not RULES[self.rule].chained
         if self.lr is not None and h.is_cuda and not self.lr.is_cuda and not torch.compiler.is_compiling():
@@ -319,12 +329,10 @@ class DirectFeedback(nn.Module):
         """
         rule = RULES[self.rule]
         if self.model.training and not self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
-            )
-        if not rule.has_feedback or not (self.training and torch.is_grad_enabled()):
+            raise ValueError(checks.MODES)
+        if not (self.training and torch.is_grad_enabled()):
             return self.model(*inputs, **named)
-        if rule.layerwise:
+        if rule.chained:
             return self._run(_Pass(cut=True, taps={}), inputs, named)
         labels = self.labels_of(target)
         out, empties = self.forward_with_empties(labels, *inputs, **named)
@@ -371,12 +379,16 @@ class DirectFeedback(nn.Module):
 
     def _run(self, under_way: _Pass, inputs: tuple, named: dict[str, Any], missing: str | None = None) -> Any:
         self._hooks.under_way = under_way
-        if not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if eager:
             self._hooks.last = under_way.again()
+            _Hooks.running += 1
         try:
             out = self.model(*inputs, **named)
         finally:
             self._hooks.under_way = None
+            if eager:
+                _Hooks.running -= 1
         unchanged = RULES[self.rule].learns
         checks.check_taps(self.points, under_way.taps, unchanged=unchanged, missing=missing or self.missing)
         return out

@@ -61,7 +61,7 @@ def test_angles_are_between_the_gradients_that_training_gets(rule):
     net = make(rule)
     x, y = probe(8)
     result = alignment(net, x, y)
-    bare = copy.deepcopy(net.model)
+    bare = copy.deepcopy(net).unwrap()
     signals = []
     for model in (net, bare):
         kept = {}
@@ -100,7 +100,7 @@ def test_angle_and_cosine_equal_a_sample_by_sample_computation():
     net = make("DKP")
     x, y = probe(4)
     result = alignment(net, x, y)
-    model = copy.deepcopy(net.model)
+    model = copy.deepcopy(net).unwrap()
     kept = {}
     for point in net.points:
         model.get_submodule(point).register_forward_hook(lambda m, i, h, point=point: kept.__setitem__(point, h))

@@ -277,7 +277,7 @@ def test_channels_last_equals_contiguous(rule, options, converted):
 
 def plain_direct_feedback_gradients(net, x, y):
     """The same gradients in plain PyTorch: a surrogate loss per block, sum(h * (e @ B)), with the input detached."""
-    modules = list(net.model)
+    modules = list(net.unwrap())
     surrogate, h = 0.0, x
     outputs = []
     for i, module in enumerate(modules):
@@ -389,7 +389,7 @@ def test_eval_and_no_grad_are_the_bare_model(rule, options):
 def test_training_forward_returns_the_models_logits():
     net = make("DKP")
     x, _ = data()
-    bare = copy.deepcopy(net.model)
+    bare = copy.deepcopy(net).unwrap()
     assert torch.equal(net(x), bare(x))
 
 
@@ -501,7 +501,7 @@ def test_an_output_changed_in_place_further_up_is_refused_where_it_is_needed(rul
         return
     net = DirectFeedback(model, ("0",), rule, x)
     got = step(net, x, y)
-    error = (model(x).softmax(1) - F.one_hot(y)) / 6
+    error = (net.unwrap()(x).softmax(1) - F.one_hot(y)) / 6
     torch.testing.assert_close(got["model.0.bias"], (error @ net.matrices()[0]).sum(0))
 
 

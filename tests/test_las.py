@@ -1,5 +1,7 @@
 """LAS: each B is trained as a linear readout of its own block, by that readout's own error."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,7 +115,14 @@ def test_a_wrong_target_is_refused(target, message):
     assert torch.equal(net(x, target=target), net.model(x))
 
 
-def test_float16_is_refused():
-    net, x, y = mlp()
-    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="got float16"):
-        net.float()(x.float(), target=y)
+def test_an_fp16_grad_scaler_scales_b_as_the_weights():
+    exact, x, y = mlp()
+    net = copy.deepcopy(exact).float()
+    F.cross_entropy(exact(x, target=y), y).backward()
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(net.parameters(), 0.1)
+    with torch.autocast("cpu", torch.float16):
+        loss = F.cross_entropy(net(x.float(), target=y), y)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for got, expected in zip(net.parameters(), exact.parameters(), strict=True):
+        assert (got.grad.double() - expected.grad).norm() <= 0.02 * expected.grad.norm() + 1e-3

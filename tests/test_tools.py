@@ -106,7 +106,7 @@ def test_the_bare_net_is_checkpointed_as_if_there_were_no_wrapper(rule, options)
     F.cross_entropy(net(X, target=Y), Y).backward()
     net.zero_grad()
     bare.load_state_dict(net.model.state_dict())
-    for module in (net.model, bare):
+    for module in (net.unwrap(), bare):
         F.cross_entropy(module(X), Y).backward()
     assert_same_state_and_gradients(net.model, bare)
 
