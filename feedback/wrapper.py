@@ -12,11 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from feedback import checks
 from feedback.checks import feedback_name, version
 from feedback.functional import broadcast_error, feedback_point
-from feedback.layerwise import fed_back, feedback_layers
+from feedback.layerwise import check_no_new_modules, fed_back, init_of, modules_with_parameters
 from feedback.layout import is_channels_last
 from feedback.rules import RULES
 from feedback.skips import check_skips
 from feedback.state import untouched
+from feedback.transport import feedback_layers
 
 LOGITS = "the logits"
 
@@ -85,14 +86,11 @@ class _Hooks:
             )
         return h.detach() if cut else None
 
-    def replace_backward(
-        self, name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple, named: dict, out: Tensor
-    ) -> Tensor | None:
+    def replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Any) -> Any:
         under_way = self.current_pass()
         if under_way is None or not under_way.cut:
             return None
-        x = inputs[0] if inputs else named["input"]
-        return fed_back(layer, name, x, out, getattr(self.feedback, feedback_name(name), None))
+        return fed_back(layer, name, inputs, named, out, self.feedback)
 
 
 class DirectFeedback(nn.Module):
@@ -103,9 +101,10 @@ class DirectFeedback(nn.Module):
     ever computed. The loss is called, and `backward()` with it, as on any other module.
 
     The rules are in feedback/rules, a file each. A fixed B is a buffer, one that learns a Parameter. BP is plain
-    autograd. FA and KP go backward layer by layer as BP does, but every Conv2d and Linear whose input needs a gradient
-    has a B of its weight's shape and sends it the error through B; there the points only say where angles are measured,
-    and KP's B gets W's gradient, to be stepped as W is. A rule that needs the labels is called as `net(x, target=y)`.
+    autograd. FA and KP go backward layer by layer as BP does, but every convolution, Linear and
+    MultiheadAttention whose input needs a gradient has a B of each weight's shape and sends it the error through B;
+    there the points only say where angles are measured, and KP's B gets W's gradient, to be stepped as W is.
+    A rule that needs the labels is called as `net(x, target=y)`.
 
     DKP and LAS learn B_l in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
@@ -133,14 +132,15 @@ class DirectFeedback(nn.Module):
 
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
-            for "."; for FA and KP, of the weight's shape under its layer's name.
+            for "."; for FA and KP, of the weight's shape under its layer's name, or a MultiheadAttention's under the
+            weight's.
 
     Raises:
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
             further up (DKP and LAS need it as it was); logits that are not (N, K); options that the rule does not use;
             unless `allow_skips`, points that a path leads around or from which nothing would learn, and a weight on
-            both sides of a point; for FA and KP, what `feedback.layerwise.feedback_layers` refuses.
+            both sides of a point; for FA and KP, what `feedback.transport.feedback_layers` refuses.
     """
 
     def __init__(
@@ -166,6 +166,7 @@ class DirectFeedback(nn.Module):
         self.update = update
         self.allow_skips = allow_skips
         self._feedback_lr = feedback_lr
+        self._known = modules_with_parameters(model)
         self._hooks = hooks = _Hooks(rule, feedback_lr, feedback_weight_decay, group)
         self.feedback = hooks.feedback
         # partial of a bound method: a deep copy's hooks then belong to the copy
@@ -183,14 +184,14 @@ class DirectFeedback(nn.Module):
             checks.check_shapes(self.points, activations, logits)
             if not (allow_skips or RULES[rule].chained):
                 self._check_paths(example)
-            layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
-            for name, needs_feedback in layers.items():
+            run = functools.partial(model, example)
+            layers = feedback_layers(model, run, RULES[rule].as_weight) if RULES[rule].layerwise else {}
+            for name, weights in layers.items():
                 layer: Any = model.get_submodule(name)
                 replace = functools.partial(hooks.replace_backward, name)
                 self._handles.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
-                if needs_feedback:
-                    as_weight = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
-                    self._add_feedback(name, len(layer.weight), layer.weight.detach(), init or as_weight)
+                for matrix, weight in weights.items():
+                    self._add_feedback(matrix, len(weight), weight.detach(), init_of(layer, init))
         except BaseException:
             self.unwrap()
             raise
@@ -278,6 +279,7 @@ class DirectFeedback(nn.Module):
         if not rule.has_feedback or not (self.training and torch.is_grad_enabled()):
             return self.model(x)
         if rule.layerwise:
+            check_no_new_modules(self.model, self._known)
             return self.tapped_forward(x, cut=True)[0]
         routed = broadcast_error(*self.forward_with_zeros(x, target))
         if self.update == "inplace":
