@@ -57,7 +57,7 @@ class FeedbackPoint(torch.autograd.Function):
         ctx.feedback = None if inplace_lr is None else feedback.data
         ctx.save_for_backward(feedback if inplace_lr is None else None, h if learns else None)
         zero = h.new_empty(*h.shape[: h.dim() - feedback.dim() + 1], len(feedback))
-        return zero if labels is None else (zero, h.new_empty(()))
+        return zero if labels is None else (zero, h.new_empty((), dtype=torch.promote_types(h.dtype, torch.float32)))
 
     @staticmethod
     @once_differentiable

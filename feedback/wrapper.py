@@ -15,12 +15,13 @@ from feedback.calls import arguments, logits_in, tensors_in, with_logits
 from feedback.checks import feedback_name, version
 from feedback.functional import broadcast_error, feedback_point
 from feedback.labels import Labels, Loss
-from feedback.layerwise import fed_back, feedback_layers
+from feedback.layerwise import check_no_new_modules, fed_back, init_of, modules_with_parameters
 from feedback.layout import is_channels_last
 from feedback.positions import features_last
 from feedback.rules import RULES
 from feedback.skips import check_other_outputs, check_skips
 from feedback.state import materialize, untouched
+from feedback.transport import feedback_layers
 
 LOGITS = "the logits"
 
@@ -112,14 +113,11 @@ class _Hooks:
             )
         return h.detach() if cut else None
 
-    def replace_backward(
-        self, name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple, named: dict, out: Tensor
-    ) -> Tensor | None:
+    def replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Any) -> Any:
         under_way = self.current_pass()
         if under_way is None or not under_way.cut:
             return None
-        x = inputs[0] if inputs else named["input"]
-        return fed_back(layer, name, x, out, getattr(self.feedback, feedback_name(name), None))
+        return fed_back(layer, name, inputs, named, out, self.feedback)
 
 
 class DirectFeedback(nn.Module):
@@ -130,9 +128,10 @@ class DirectFeedback(nn.Module):
     ever computed. The loss is called, and `backward()` with it, as on any other module.
 
     The rules are in feedback/rules, a file each. A fixed B is a buffer, one that learns a Parameter. BP is plain
-    autograd. FA and KP go backward layer by layer as BP does, but every Conv2d and Linear whose input needs a gradient
-    has a B of its weight's shape and sends it the error through B; there the points only say where angles are measured,
-    and KP's B gets W's gradient, to be stepped as W is. A rule that needs the labels is called as `net(x, target=y)`.
+    autograd. FA and KP go backward layer by layer as BP does, but every convolution, Linear and
+    MultiheadAttention whose input needs a gradient has a B of each weight's shape and sends it the error through B;
+    there the points only say where angles are measured, and KP's B gets W's gradient, to be stepped as W is.
+    A rule that needs the labels is called as `net(x, target=y)`.
 
     DKP and LAS learn B_l in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
@@ -160,14 +159,15 @@ class DirectFeedback(nn.Module):
 
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
-            for "."; for FA and KP, of the weight's shape under its layer's name.
+            for "."; for FA and KP, of the weight's shape under its layer's name, or a MultiheadAttention's under the
+            weight's.
 
     Raises:
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
             further up (DKP and LAS need it as it was); logits that are not (N, K); options that the rule does not use;
             unless `allow_skips`, points that a path leads around or from which nothing would learn, and a weight on
-            both sides of a point; for FA and KP, what `feedback.layerwise.feedback_layers` refuses.
+            both sides of a point; for FA and KP, what `feedback.transport.feedback_layers` refuses.
     """
 
     def __init__(
@@ -203,6 +203,7 @@ class DirectFeedback(nn.Module):
         self.allow_skips = allow_skips
         self._feedback_lr = feedback_lr
         self._logits = logits
+        self._known = modules_with_parameters(model)
         self._hooks = hooks = _Hooks(rule, *rates, group, class_dim, positions)
         self.feedback = hooks.feedback
         first = next(tensors_in(example), None)
@@ -226,14 +227,16 @@ class DirectFeedback(nn.Module):
             checks.check_shapes(self.points, activations, len(out), None if self.positions is None else class_dim)
             if not (allow_skips or RULES[rule].chained):
                 self._check_paths(example)
-            layers = feedback_layers(model, example) if RULES[rule].layerwise else {}
-            for name, needs_feedback in layers.items():
+            layers: dict[str, dict[str, Tensor]] = {}
+            if RULES[rule].layerwise:
+                with self._looking(torch.enable_grad()):
+                    layers = feedback_layers(model, lambda: self._call(example), RULES[rule].as_weight)
+            for name, weights in layers.items():
                 layer: Any = model.get_submodule(name)
                 replace = functools.partial(hooks.replace_backward, name)
                 self._handles.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
-                if needs_feedback:
-                    as_weight = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
-                    self._add_feedback(name, len(layer.weight), layer.weight.detach(), init or as_weight)
+                for matrix, weight in weights.items():
+                    self._add_feedback(matrix, len(weight), weight.detach(), init_of(layer, init))
         except BaseException:
             self.unwrap()
             raise
@@ -333,6 +336,7 @@ class DirectFeedback(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*inputs, **named)
         if rule.chained:
+            check_no_new_modules(self.model, self._known)
             return self._run(_Pass(cut=True, taps={}), inputs, named)
         labels = self.labels_of(target)
         out, empties = self.forward_with_empties(labels, *inputs, **named)
@@ -362,7 +366,7 @@ class DirectFeedback(nn.Module):
             )
         return Labels(target, self._classes, self.loss, self.class_dim, positions=[])
 
-    def forward_with_empties(self, labels: Labels | None, *inputs: Any, **named: Any) -> tuple[Any, list[Tensor]]:
+    def forward_with_empties(self, labels: Labels | None, /, *inputs: Any, **named: Any) -> tuple[Any, list[Tensor]]:
         """Return the model's output by a direct rule, and the points' empties, whose gradient is to be e."""
         empties: list[Tensor] = []
         return self._run(_Pass(cut=True, taps={}, empties=empties, labels=labels), inputs, named), empties

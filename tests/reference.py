@@ -126,3 +126,51 @@ def layerwise_gradients(
             grad_h = (grad_a @ B).view_as(h)
         grad_a = grad_h * (1 - h**2)
     return gradients
+
+
+def attention_gradients(
+    p: dict[str, Tensor], B: dict[str, Tensor], x: Tensor, target: Tensor, queries: int, heads: int
+) -> dict[str, Tensor]:
+    """FA's gradients of first(x) -> attention -> mean over the queries -> head, by parameter name.
+
+    The first `queries` of the L tokens ask all L. Shapes: N sequences, L tokens, Q queries, H heads, d features a head.
+    """
+
+    def split(y: Tensor) -> Tensor:
+        return y.unflatten(2, (heads, -1)).transpose(1, 2)  # (N, H, tokens, d)
+
+    def merge(y: Tensor) -> Tensor:
+        return y.transpose(1, 2).flatten(2)
+
+    def outer(grad: Tensor, y: Tensor) -> Tensor:
+        return torch.einsum("nto,nti->oi", grad, y)
+
+    h = x @ p["first.weight"].T + p["first.bias"]
+    asking = h[:, :queries]
+    weights, biases = p["attn.in_proj_weight"].chunk(3), p["attn.in_proj_bias"].chunk(3)
+    q, k, v = (split(y @ w.T + b) for y, w, b in zip((asking, h, h), weights, biases, strict=True))
+    scale = q.shape[-1] ** -0.5
+    attn = (q @ k.mT * scale).softmax(-1)
+    mixed = merge(attn @ v)
+    out = mixed @ p["attn.out_proj.weight"].T + p["attn.out_proj.bias"]
+    pooled = out.mean(1)
+    error = cross_entropy_error(pooled @ p["head.weight"].T + p["head.bias"], target)
+
+    grad_out = (error @ B["head"] / queries)[:, None].expand_as(out)
+    grad_mixed = split(grad_out @ B["attn_out_proj_weight"])
+    grad_attn = grad_mixed @ v.mT
+    grad_scores = attn * (grad_attn - (grad_attn * attn).sum(-1, keepdim=True)) * scale
+    grads = [merge(y) for y in (grad_scores @ k, grad_scores.mT @ q, attn.mT @ grad_mixed)]
+    B_q, B_k, B_v = B["attn_in_proj_weight"].chunk(3)
+    grad_h = grads[1] @ B_k + grads[2] @ B_v
+    grad_h[:, :queries] += grads[0] @ B_q
+    return {
+        "first.weight": outer(grad_h, x),
+        "first.bias": grad_h.sum((0, 1)),
+        "attn.in_proj_weight": torch.cat([outer(g, y) for g, y in zip(grads, (asking, h, h), strict=True)]),
+        "attn.in_proj_bias": torch.cat([g.sum((0, 1)) for g in grads]),
+        "attn.out_proj.weight": outer(grad_out, mixed),
+        "attn.out_proj.bias": grad_out.sum((0, 1)),
+        "head.weight": error.T @ pooled,
+        "head.bias": error.sum(0),
+    }

@@ -30,9 +30,14 @@ def each(*names):
 
 def feed_back_the_weights(net):
     """Let each layer's B of FA or KP be its weight, so that the rule is backpropagation."""
-    layers = {name.replace(".", "_"): module for name, module in net.model.named_modules()}
     for name, B in net.feedback.state_dict(keep_vars=True).items():
-        B.data.copy_(layers[name].weight.data)
+        B.data.copy_(weights_by_feedback_name(net.model)[name].data)
+
+
+def weights_by_feedback_name(model):
+    """Every parameter by the names that its B may have: its own, and for a weight also its layer's."""
+    named = {name.replace(".", "_"): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return named | {name.removesuffix("_weight"): parameter for name, parameter in named.items()}
 
 
 def assert_equals_bp_where_b_is_the_weight(model, points, rule, x, y):
