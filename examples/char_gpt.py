@@ -5,8 +5,8 @@ Result: docs/results-language.md
 
 The text is that of `help("...")`, which comes with Python: its first eight tenths train, the ninth chose the learning
 rates, the last tests. The points are the ends of the transformer's blocks. A block adds to what it gets, and all that
-flows on passes through that sum; within a block the residual path would lead around a point. Each character's error goes
-to its own position, through a B of (characters, features).
+flows on passes through that sum; within a block the residual path would lead around a point. The error at a character
+goes to its own position, through a B of (characters, features).
 """
 
 import argparse
@@ -79,7 +79,7 @@ def train(rule: str, text: dict[str, Tensor], args: argparse.Namespace) -> dict[
     """Train by `rule` for `args.minutes`; return a row of the table."""
     torch.manual_seed(args.seed)
     characters = int(max(part.max() for part in text.values())) + 1
-    model, (lr, b_lr) = GPT(characters), (args.lr or LR[rule], args.b_lr or B_LR.get(rule))
+    model, lr, b_lr = GPT(characters), args.lr or LR[rule], args.b_lr or B_LR.get(rule, 0.0)
     points = [f"blocks.{number}" for number in range(BLOCKS)]
     net = DirectFeedback(model, points, rule, example=torch.zeros(1, LENGTH, dtype=torch.int64))
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1)]
