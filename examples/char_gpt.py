@@ -86,7 +86,7 @@ def train(rule: str, text: dict[str, Tensor], args: argparse.Namespace) -> dict[
     if RULES[rule].learns:
         optimizers.append(torch.optim.Adam(net.feedback.parameters(), b_lr))
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    step, start, done = 0, time.perf_counter(), 0.0
+    step, start, done = 0, time.process_time(), 0.0
     while done < 1:
         for optimizer, rate in zip(optimizers, rates, strict=True):  # a cosine over the time there is, after a rise
             optimizer.param_groups[0]["lr"] = rate * min(1, 50 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2
@@ -98,7 +98,7 @@ def train(rule: str, text: dict[str, Tensor], args: argparse.Namespace) -> dict[
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        done = (time.perf_counter() - start) / (60 * args.minutes)
+        done = (time.process_time() - start) / (60 * args.minutes)
     angles = alignment(net, x, y, loss_of)
     row: dict[str, object] = {"rule": rule, "lr": lr, "b_lr": b_lr or "", "seed": args.seed, "steps": step}
     row |= {part: round(test(net, text[part]), 4) for part in ("valid", "test")}
@@ -119,7 +119,7 @@ def main() -> None:
     """Train by each rule and print the table; add to a csv if one is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", choices=LR, default=list(LR))
-    parser.add_argument("--minutes", type=float, default=5, help="of training by each rule")
+    parser.add_argument("--minutes", type=float, default=5, help="of the processor's time, for each rule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of torch; by default as many as it takes")
     parser.add_argument("--lr", type=float, help="of the weights, by AdamW")

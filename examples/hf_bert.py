@@ -41,8 +41,9 @@ def main() -> None:
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "intermediate_size": 64,
+        "num_labels": CLASSES,
     }
-    config = BertConfig(vocab_size=WORDS, num_labels=CLASSES, max_position_embeddings=32, **shape)
+    config = BertConfig(vocab_size=WORDS, max_position_embeddings=32, **shape)
     torch.manual_seed(0)
     x, y = sentences(512, 24)
     x_test, y_test = sentences(512, 18)

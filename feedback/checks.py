@@ -85,9 +85,15 @@ def check_target(target: Any, shape: Sequence[int], class_dim: int = -1, own_los
 def check_tap(point: str, h: Any, reached: bool, cut: bool) -> None:
     """Raise ValueError unless a point's output is one Tensor, reached once, and has gradients where it is to be cut."""
     if not isinstance(h, Tensor):
-        raise ValueError(f"feedback point {point!r} returned a {type(h).__name__}, expected one Tensor")
+        raise ValueError(
+            f"feedback point {point!r} returned a {type(h).__name__}, expected one Tensor: take a module in it"
+            " that returns one, or put an nn.Identity behind what is to be the point"
+        )
     if reached:
-        raise ValueError(f"feedback point {point!r} was reached twice in one forward pass, expected once")
+        raise ValueError(
+            f"feedback point {point!r} was reached twice in one forward pass, expected once: give each"
+            " call a module of its own"
+        )
     if cut and not torch.is_grad_enabled():
         raise ValueError(f"feedback point {point!r} runs without gradients: checkpoint it with use_reentrant=False")
 

@@ -137,37 +137,53 @@ class DirectFeedback(nn.Module):
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
     `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B but, on a GPU, for one point's product at a
     time. In place, each backward pass is a step of B: with gradient accumulation B steps once per micro-batch. A loss
-    scaled by a factor scales DKP's step too.
+    scaled by a factor scales the step too, and so would a GradScaler: with that, take the optimiser.
+
+    Logits may have positions, as tokens (N, T, K) or pixels (N, K, H, W). B_l is (K, D) then, for all positions of
+    h_l, (N, T, D) or (N, D, H, W), and the error at a position goes to h_l at that position. Where h_l has others, it
+    goes the way back of adaptive average pooling: to several places in equal parts, or as a sum. Sizes may change
+    from pass to pass.
 
     Args:
-        model: maps one Tensor (N, ...) to logits (N, K). The wrapper adds forward hooks to it; they go when the wrapper
-            is dropped or taken off.
+        model: any that returns logits (N, K) or (N, ..., K). The wrapper adds forward hooks to it; they go when the
+            wrapper is dropped or taken off. Lazy modules get their shapes from the example.
         points: names of submodules, each called once a forward pass, each returning one Tensor h_l (N, ...).
         rule: a key of `feedback.RULES`.
-        example: an input batch (of one or more), in the shape, dtype and memory format of the real ones. It runs
-            once through the model, without effect on BatchNorm statistics or random numbers, to learn the shapes.
+        example: an input batch (of one or more), in the shape, dtype and memory format of the real ones: a Tensor, a
+            tuple of positional arguments, or a dict of keyword arguments. It runs through the model a few times,
+            without effect on BatchNorm statistics or random numbers. On the meta device B is there, too.
+        logits: where the model's output has them, if it is more than they: a key, an attribute or an index.
+        class_dim: the dimension of the classes in the logits, and of the features in h_l where B has no positions.
+        positions: None, "own" or "pooled". By default a B for each position where the logits are (N, K), else "own", as
+            above. With "pooled" a sample's errors are summed, and go to all positions of h_l in equal parts; B_l is
+            (K, D) then, however large h_l is.
         update: "optimizer" or "inplace" (DKP and LAS only).
         feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled, captured or
             not. On a GPU it is a float32 there.
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
+        loss: by which LAS learns its readouts, of logits and target, a mean; by default cross-entropy. The factor by
+            which the training loss is scaled, as when it is divided for gradient accumulation, is found in each
+            backward pass and need not be in it. Not for torch.compile.
         init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
         group: the process group over which B in place is averaged; by default all ranks, if there are several.
         classes: K, where the model is a stage of a net and returns no logits: see `feedback.pipeline`.
+        missing: "skip" where a training pass may leave points out, as with LayerDrop: their B learns nothing then.
         allow_skips: take points that a path leads around, in eval mode, in which the wrapper looks: what lies below
             them then learns by backpropagation as well. And points from which nothing learns.
 
     Attributes:
-        feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]), under its point's name with "_"
-            for "."; for FA and KP, of the weight's shape under its layer's name, or a MultiheadAttention's under the
-            weight's.
+        feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]) or (K, D), under its point's name with
+            "_" for "."; for FA and KP, of the weight's shape under its layer's name, or a MultiheadAttention's under
+            the weight's.
 
     Raises:
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
-            further up (DKP and LAS need it as it was); logits that are not (N, K); options that the rule does not use;
+            further up (DKP and LAS need it as it was); logits that are not there; options that the rule does not use;
             unless `allow_skips`, points that a path leads around or from which nothing would learn, and a weight on
-            both sides of a point; for FA and KP, what `feedback.transport.feedback_layers` refuses.
+            both sides of a point; for FA and KP, what `feedback.transport.feedback_layers` refuses. In training, a
+            model that computes a loss of its logits itself, or is called without its wrapper.
     """
 
     def __init__(
