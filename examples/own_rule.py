@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedback import RULES, DirectFeedback, Rule
+from feedback import RULES, DirectFeedback, Labels, Rule
 
 
-def sign_of_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, target_N: Tensor | None) -> Tensor:
+def sign_of_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, labels: Labels | None) -> Tensor:
     """sign(e) / N (N, K)."""
     return error_NK.sign() / len(error_NK)
 

@@ -3,7 +3,8 @@
 from feedback.alignment import alignment
 from feedback.checks import UPDATES
 from feedback.direct import direct_feedback
+from feedback.labels import Labels
 from feedback.rules import RULES, Rule, learned_rules
 from feedback.wrapper import DirectFeedback
 
-__all__ = ["RULES", "UPDATES", "DirectFeedback", "Rule", "alignment", "direct_feedback", "learned_rules"]
+__all__ = ["RULES", "UPDATES", "DirectFeedback", "Labels", "Rule", "alignment", "direct_feedback", "learned_rules"]

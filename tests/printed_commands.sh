@@ -32,6 +32,7 @@ cat README.md docs/*.md alexnet/README.md benchmarks/README.md | grep -E '^(pyth
         *--search*) flags=(--quick) ;;
         *accuracy.py*) flags=(--seeds 1) ;;
         *benchmarks/*) flags=(--quick) ;;
+        *char_gpt*) flags=(--minutes 0.02) ;;
         *examples/*) ;;
         *"--classify"* | *"--evaluate"*) ;;
         *alexnet/*) flags=("${small[@]}" --epochs 1) ;;
