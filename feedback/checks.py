@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feedback.labels import IGNORED
+from feedback.labels import Labels
 from feedback.rules import RULES, learned_rules
 
 UPDATES = ("optimizer", "inplace")
@@ -56,30 +56,11 @@ def check_logits(logits: Any, class_dim: int = -1) -> None:
         )
 
 
-def check_target(target: Any, shape: Sequence[int], class_dim: int = -1, own_loss: bool = False) -> None:
-    """Raise ValueError unless `target` is for logits of `shape`: int64 class ids, or a probability for each logit.
-
-    The ids are looked at on a CPU alone: on CUDA that would be a synchronisation, and the loss checks them there.
-    With a loss of the caller's own, any Tensor will do.
-    """
-    if own_loss and isinstance(target, Tensor):
-        return
-    ids = list(shape)
-    classes = ids.pop(class_dim)
-    by_logit = isinstance(target, Tensor) and target.shape == tuple(shape) and target.is_floating_point()
-    by_id = isinstance(target, Tensor) and target.shape == tuple(ids) and target.dtype == torch.int64
-    if not by_logit and not by_id:
-        kind = f"{target.dtype} {shape_of(target)}" if isinstance(target, Tensor) else shape_of(target)
-        raise ValueError(
-            f"target is {kind}, expected class ids torch.int64 {tuple(ids)}, or probabilities {tuple(shape)}; LAS takes"
-            " others with loss="
-        )
-    if by_id and target.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = target[((target < 0) & (target != IGNORED)) | (target >= classes)]
-        if len(wrong):
-            raise ValueError(
-                f"target has label {wrong[0]}, expected 0 to {classes - 1}, or {IGNORED} to ignore an image"
-            )
+def check_labels(labels: Labels, shape: Sequence[int]) -> None:
+    """Raise ValueError unless the labels are for logits of `shape`, (N, *P, K)."""
+    if labels.shares is not None and labels.shares.shape != tuple(shape):
+        got, expected = tuple(labels.target.shape), tuple(shape)
+        raise ValueError(f"target has shape {got}, expected a label or probabilities for logits (N, ..., K) {expected}")
 
 
 def check_tap(point: str, h: Any, reached: bool, cut: bool) -> None:

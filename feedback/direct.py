@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from feedback.checks import check_logits, check_point, check_target, refuse_float16
+from feedback.checks import check_labels, check_logits, check_point, refuse_float16
 from feedback.functional import broadcast_error, feedback_point
-from feedback.labels import Labels, Loss
+from feedback.labels import Loss, labels_of
 from feedback.positions import features_last
 from feedback.rules import RULES
 
@@ -66,9 +66,10 @@ def direct_feedback(
         check_point(h, feedback, len(logits), logits.shape[class_dim], f" {i}")
     labels = None
     if rule in RULES and RULES[rule].needs_target:
-        check_target(target, logits.shape, class_dim, own_loss=loss is not None)
-        logits_positions = [*logits.movedim(class_dim, -1).shape[1:-1]]
-        labels = Labels(cast(Tensor, target), logits.shape[class_dim], loss, class_dim, positions=logits_positions)
+        dtype, shape = torch.promote_types(logits.dtype, torch.float32), logits.movedim(class_dim, -1).shape
+        labels = labels_of(cast(Tensor, target), shape[-1], dtype, class_dim, loss)
+        check_labels(labels, shape)
+        labels.positions.extend(shape[1:-1])
     lr = inplace_lr if isinstance(inplace_lr, Tensor) else None
     decay = None
     if inplace_lr is not None:

@@ -4,7 +4,7 @@ Shapes: N batch, *P positions of the logits and *Q of what reads the labels, if 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,53 +18,45 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Labels(NamedTuple):
-    """The labels of a batch, as one point or the logits see them.
+    """The labels of a batch, as one point or the logits see them; from `labels_of`.
 
     Attributes:
         target: as the loss takes it: class ids (N, *P), or by default also probabilities in the logits' shape.
         classes: K.
-        loss: maps logits and target to the mean loss, cross-entropy if None.
         class_dim: of the logits.
-        shape: (N, *Q) of what sees them, without the classes.
+        loss: maps logits and target to the mean loss; None for cross-entropy.
+        shares: for cross-entropy, the one-hot labels or probabilities (N, *P, K), divided by their sum over the batch.
         positions: the logits' P, filled in when they are there. Only `loss` needs it.
-        scale: 0-d, the factor by which the training loss is scaled.
+        shape: (N, *Q) of what sees the labels, without the classes.
+        scale: 0-d, the factor by which the training loss is scaled, 1 if None.
     """
 
     target: Tensor
     classes: int
-    loss: Loss | None = None
-    class_dim: int = -1
+    class_dim: int
+    loss: Loss | None
+    shares: Tensor | None
+    positions: list[int]
     shape: tuple[int, ...] = ()
-    positions: list[int] | None = None
     scale: Tensor | None = None
 
-    def shares(self, dtype: torch.dtype) -> Tensor:
-        """(N, *P, K): the one-hot labels or probabilities, divided by their sum over the batch, and scaled."""
-        if self.target.is_floating_point():
-            target = self.target.movedim(self.class_dim, -1).to(dtype)
-        else:
-            hot = F.one_hot(self.target.clamp(min=0), self.classes)
-            target = (hot * (self.target != IGNORED)[..., None]).to(dtype)
-        shares = target / target.sum().clamp(min=1)
-        return shares if self.scale is None else shares * self.scale
-
-    def seen(self, at_logits: Tensor) -> Tensor:
-        """(N, *P, K) at the logits' positions as rows (N, K) of what sees the labels."""
-        return from_positions(at_logits, self.shape[1:]).flatten(0, -2)
+    def scaled(self, at_logits: Tensor) -> Tensor:
+        """(N, *P, K) at the logits' positions, scaled, as rows (N, K) of what sees the labels."""
+        rows_NK = from_positions(at_logits, self.shape[1:]).flatten(0, -2)
+        return rows_NK if self.scale is None else rows_NK * self.scale
 
     def error_of(self, readout_NK: Tensor) -> Tensor:
         """The gradient (N, K) of the loss at a readout: (softmax(readout) - one-hot) / N for cross-entropy."""
         dtype = torch.promote_types(readout_NK.dtype, torch.float32)
         readout = readout_NK.to(dtype).view(*self.shape, self.classes)
         if self.loss is None:
-            shares = self.shares(dtype)
+            shares = cast(Tensor, self.shares)
             guess = to_positions(readout, shares.shape[1:-1]).softmax(-1)
-            return self.seen(guess * shares.sum(-1, keepdim=True) - shares)
+            return self.scaled(guess * shares.sum(-1, keepdim=True) - shares)
         with torch.enable_grad():
-            logits = to_positions(readout.detach(), self.positions or ()).movedim(-1, self.class_dim).requires_grad_()
+            logits = to_positions(readout.detach(), self.positions).movedim(-1, self.class_dim).requires_grad_()
             (error,) = torch.autograd.grad(self.loss(logits, self.target), logits)
-        error = error.movedim(self.class_dim, -1)
-        return self.seen(error if self.scale is None else error * self.scale)
+        return self.scaled(error.movedim(self.class_dim, -1))
 
     def scale_of(self, error_NK: Tensor, logits_NK: Tensor) -> Tensor:
         """0-d: the factor by which the error at the logits is the loss's own, 1 where that is zero.
@@ -75,3 +67,43 @@ class Labels(NamedTuple):
         squares = expected.square().sum()
         factor = (error_NK.to(expected.dtype) * expected).sum() / squares
         return torch.where(squares > 0, factor, 1.0)
+
+
+def labels_of(
+    target: Tensor, classes: int, dtype: torch.dtype, class_dim: int = -1, loss: Loss | None = None
+) -> Labels:
+    """The labels of a batch, with what is computed of them in `dtype`, float32 or float64.
+
+    Raises:
+        ValueError: for cross-entropy, a target that is neither class ids nor probabilities.
+    """
+    if loss is not None:
+        return Labels(target, classes, class_dim, loss, None, [])
+    check_target(target, classes, class_dim)
+    if target.is_floating_point():
+        weights = target.movedim(class_dim, -1).to(dtype)
+    else:
+        hot = F.one_hot(target.clamp(min=0), classes)
+        weights = (hot * (target != IGNORED)[..., None]).to(dtype)
+    return Labels(target, classes, class_dim, None, weights / weights.sum().clamp(min=1), [])
+
+
+def check_target(target: Any, classes: int, class_dim: int) -> None:
+    """Raise ValueError unless `target` is int64 class ids, each below `classes` or ignored, or a float for each class.
+
+    The ids are looked at on a CPU alone: on CUDA that would be a synchronisation, and the loss checks them there.
+    """
+    is_ids = isinstance(target, Tensor) and target.dtype == torch.int64
+    has_classes = isinstance(target, Tensor) and target.dim() > 1 and target.shape[class_dim] == classes
+    if not is_ids and not (has_classes and target.is_floating_point()):
+        kind = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
+        raise ValueError(
+            f"target is {kind}, expected class ids torch.int64, or a probability for each of {classes} classes; LAS"
+            " takes others with loss="
+        )
+    if is_ids and target.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = target[((target < 0) & (target != IGNORED)) | (target >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"target has label {wrong[0]}, expected 0 to {classes - 1}, or {IGNORED} to ignore an image"
+            )

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from feedback import checks
 from feedback.calls import arguments, logits_in, tensors_in, with_logits
 from feedback.checks import feedback_name, version
 from feedback.functional import broadcast_error, feedback_point
-from feedback.labels import Labels, Loss
+from feedback.labels import Labels, Loss, labels_of
 from feedback.layerwise import check_no_new_modules, fed_back, init_of, modules_with_parameters
 from feedback.layout import is_channels_last
 from feedback.positions import features_last
@@ -359,8 +359,9 @@ class DirectFeedback(nn.Module):
         logits = logits_in(out, self._logits)
         checks.check_logits(logits, self.class_dim)
         if labels is not None:
-            checks.check_target(target, logits.shape, self.class_dim, own_loss=self.loss is not None)
-            cast(list, labels.positions)[:] = logits.movedim(self.class_dim, -1).shape[1:-1]
+            shape = logits.movedim(self.class_dim, -1).shape
+            checks.check_labels(labels, shape)
+            labels.positions[:] = shape[1:-1]
         if out is not logits:
             check_other_outputs(out, logits)
         routed = broadcast_error(logits, empties, self.class_dim, labels)
@@ -380,7 +381,8 @@ class DirectFeedback(nn.Module):
             raise ValueError(
                 f"{self.rule} reads the labels: call net(x, target=y) in training, with y as the loss takes it"
             )
-        return Labels(target, self._classes, self.loss, self.class_dim, positions=[])
+        dtype = torch.promote_types(self.matrices()[0].dtype, torch.float32)
+        return labels_of(target, self._classes, dtype, self.class_dim, self.loss)
 
     def forward_with_empties(self, labels: Labels | None, /, *inputs: Any, **named: Any) -> tuple[Any, list[Tensor]]:
         """Return the model's output by a direct rule, and the points' empties, whose gradient is to be e."""

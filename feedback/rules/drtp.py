@@ -3,6 +3,8 @@
 grad_h_l = -(one-hot target / N) @ B_l    the part of e that is known before the forward pass is over
 """
 
+from typing import cast
+
 from torch import Tensor
 
 from feedback.labels import Labels
@@ -11,7 +13,7 @@ from feedback.rules.rule import Rule
 
 def target_error(error_NK: Tensor, h_ND: Tensor | None, feedback_KD: Tensor, labels: Labels) -> Tensor:
     """-y / N (N, K), y the one-hot target: e = (softmax(logits) - y) / N without its first part."""
-    return -labels.seen(labels.shares(error_NK.dtype))
+    return -labels.scaled(cast(Tensor, labels.shares))
 
 
 DRTP = Rule("DRTP", sent=target_error, needs_target=True)
