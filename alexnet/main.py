@@ -154,10 +154,6 @@ def check_stages(args: Namespace, parser: Parser) -> None:
         parser.error(f"--pipeline-stages: got --train-mode {args.train_mode}, expected {direct}: e goes to all stages")
     if args.pipeline_stages > len(AlexNet.points):
         parser.error(f"--pipeline-stages: got {args.pipeline_stages}, but {len(AlexNet.points)} blocks have feedback")
-    if RULES[args.train_mode].needs_target and not RULES[args.train_mode].learns and args.micro_batches > 1:
-        parser.error(
-            f"--micro-batches: got {args.micro_batches} for {args.train_mode}, whose signal would grow with it"
-        )
     if args.compile:
         parser.error("--compile does not go with --pipeline-stages")
     if args.batch_size % args.micro_batches:

@@ -82,7 +82,6 @@ def test_the_originals_command_line_parses(alexnet):
         ("--compile --compile-mode reduce-overhead --b-update inplace", "does not go with --b-update inplace"),
         ("--pipeline-stages 2 --compile", "--compile does not go with --pipeline-stages"),
         ("--micro-batches 2", "--micro-batches needs --pipeline-stages"),
-        ("--pipeline-stages 2 --micro-batches 2 --train-mode DRTP", "whose signal would grow with it"),
     ],
 )
 def test_bad_command_lines_are_refused(alexnet, capsys, monkeypatch, line, message):

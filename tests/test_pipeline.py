@@ -65,6 +65,8 @@ def assert_equal_one_process(cases):
         autocast = torch.bfloat16 if "autocast" in options else None
         net = whole(name, memory_format=memory_format, autocast=autocast)
         close = {"rtol": 1e-12, "atol": 1e-14} if autocast is None else {"rtol": 1e-5, "atol": 1e-6}
+        if autocast is not None and RULES[net.rule].needs_target:  # the loss's factor is read off e in bfloat16
+            close = {"rtol": 2**-7, "atol": 2**-10}
         start = {key: value.clone() for key, value in net.state_dict().items()}
         losses = train_alone(net, micro_batches, autocast=autocast)
         what = (name, stages, micro_batches, *options)
