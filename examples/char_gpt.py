@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from feedback import RULES, DirectFeedback, alignment
 
 LENGTH, BATCH, FEATURES, HEADS, BLOCKS = 128, 16, 128, 4, 4
-LR = {"BP": 3e-3, "DFA": 3e-3, "DKP": 3e-3, "LAS": 3e-3}
-B_LR = {"DKP": 1e-3, "LAS": 1e-3}
+LR = {"BP": 1e-2, "DFA": 3e-3, "DKP": 3e-3, "LAS": 5e-3}  # of 1 minute each, on the ninth tenth
+B_LR = {"DKP": 1e-5, "LAS": 1e-3}
 
 
 class Block(nn.Module):
