@@ -33,12 +33,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def logits_in(output: Any, key: str | int | None) -> Any:
-    """The model's output, or what it has under `key`: an attribute, a dict's key or an index.
+    """The model's output, or what it has under `key`, if it is more than a Tensor: an attribute, a key or an index.
 
     Raises:
         ValueError: it has none.
     """
-    if key is None:
+    if key is None or isinstance(output, Tensor):
         return output
     if not isinstance(output, Mapping) and isinstance(key, str) and hasattr(output, key):
         return getattr(output, key)
@@ -50,7 +50,7 @@ def logits_in(output: Any, key: str | int | None) -> Any:
 
 def with_logits(output: Any, key: str | int | None, logits: Tensor) -> Any:
     """A copy of the model's output with other logits."""
-    if key is None:
+    if key is None or isinstance(output, Tensor):
         return logits
     if isinstance(output, tuple):
         if isinstance(key, str):

@@ -47,15 +47,17 @@ def reached_twice(model: nn.Module, ends: Mapping[str, Tensor]) -> dict[str, lis
 def separators(model: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     """The first submodules, outermost first, past which no path leads: all that flows on passes through their output.
 
-    One whose output is that of a module around it is left out.
+    One whose output is that of a module around it is left out, and so is one whose output has another batch size than
+    the logits, as a table of positions.
     """
     nodes: dict[str, Any] = {}
+    batches: dict[str, int] = {}
     calls: dict[str, int] = {}
 
     def note(name: str, out: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
-        if isinstance(out, Tensor) and out.grad_fn is not None:
-            nodes[name] = out.grad_fn
+        if isinstance(out, Tensor) and out.grad_fn is not None and out.dim() > 1:
+            nodes[name], batches[name] = out.grad_fn, len(out)
 
     handles: list[RemovableHandle] = [
         module.register_forward_hook(lambda m, i, out, name=name: note(name, out))
@@ -70,8 +72,10 @@ def separators(model: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     top = logits.grad_fn
     found: dict[Any, str] = {}
     for name, node in sorted(nodes.items(), key=lambda item: item[0].count(".")):
+        if calls[name] > 1 or batches[name] != len(logits) or node is top or node in found:
+            continue
         below = reached(node)
-        if calls[name] == 1 and node is not top and node not in found and below and not below & reached(top, node):
+        if below and not below & reached(top, node):
             found[node] = name
     return [name for name in itertools.islice(found.values(), 2 * SHOWN) if cuts(model, name, run)]
 
@@ -104,11 +108,15 @@ def check_skips(model: nn.Module, run: Callable[[], Tensor], ends: Mapping[str, 
     if not twice:
         return
     first, *others = next(iter(twice.values()))
-    instead = separators(model, run)
+    instead = some(separators(model, run))
+    advice = (
+        f"No path leads around {instead}: take points of these"
+        if instead
+        else "No module would do instead: untie what is shared"
+    )
     raise ValueError(
         f"a path leads around a feedback point, or a weight is shared: {some(twice)} would learn from {first!r} and by"
-        f" backpropagation from {some(others)} as well. No path leads around {some(instead) or 'any module'}: take"
-        " points of these, or allow_skips=True to train so all the same"
+        f" backpropagation from {some(others)} as well. {advice}, or allow_skips=True to train so all the same"
     )
 
 

@@ -71,13 +71,17 @@ def feedback_layers(model: nn.Module, run: Callable[[], Any], as_weight: bool = 
     owners: dict[Tensor, str] = {}
     for name, module in model.named_modules():
         if name in layers and name not in reached:
-            raise ValueError(f"layer {name!r} was never reached in the forward pass, expected it to be called")
+            raise ValueError(
+                f"layer {name!r} was never reached in the forward pass, expected it to be called: a"
+                " product with its weight taken elsewhere has no feedback"
+            )
         for of, parameter in module.named_parameters(recurse=False):
             if parameter in uses.multiplied:
                 raise ValueError(
                     f"module {name!r} is a {type(module).__name__} with weights that FA and KP have no feedback for:"
                     f" {uses.multiplied[parameter]} multiplies {of!r} with what needs a gradient. Have that done by an"
-                    " nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.MultiheadAttention, none of a subclass"
+                    " nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.MultiheadAttention, and no class of"
+                    f" {type(module).__module__}"
                 )
         if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
             raise ValueError(f"layer {name!r} has add_bias_kv or add_zero_attn, expected neither for FA and KP")

@@ -93,6 +93,18 @@ def test_the_logits_are_found_in_any_output_and_put_back(form, key, rule, option
 
 
 @each()
+def test_a_model_may_return_more_in_training_than_in_eval_mode(rule, options):
+    class WithAuxiliary(Model):
+        def forward(self, x):
+            z = super().forward(x)
+            return Outputs(z, x) if self.training else z
+
+    plain, net = wrap(Model(), rule, **options), wrap(WithAuxiliary(), rule, logits="logits", **options)
+    assert_equal(gradients(net, net(X, target=Y).logits), gradients(plain, plain(X, target=Y)))
+    assert isinstance(net.eval()(X), torch.Tensor)
+
+
+@each()
 @pytest.mark.parametrize(
     ("example", "inputs", "named"),
     [
@@ -133,7 +145,7 @@ def test_an_input_may_be_a_dict_or_a_list():
         (FORMS["a tuple"][0], None, r"needs logits \(N, K\).*got a tuple.*logits="),
         (FORMS["a tuple"][0], 2, "a tuple of 2, expected logits in it at 2"),
         (FORMS["a dict"][0], "logits", r"a dict with \['features', 'items'\], expected logits in it at 'logits'"),
-        (FORMS["a tensor"][0], "logits", "expected logits in it at 'logits'"),
+        (lambda z, h: Output(z), "scores", "a Output, expected logits in it at 'scores'"),
     ],
 )
 def test_logits_that_are_not_there_are_refused(form, key, message):

@@ -25,6 +25,18 @@ class Around(nn.Module):
         return self.head(z + self.f(z))
 
 
+class Beside(Around):
+    """`z + f(z)`, and a row that is the same for the whole batch, as of a table of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.row = nn.Linear(4, 5)
+
+    def forward(self, x):
+        z = self.stem(x)
+        return self.head(z + self.f(z) + self.row(torch.ones_like(x[:1])))
+
+
 class Residual(nn.Module):
     """Two residual blocks, each with a point within it and one at its end."""
 
@@ -77,6 +89,7 @@ def wrap(model, points, rule="DFA", **options):
     ("make", "points", "leak", "instead"),
     [
         (Around, ["f"], "'stem.0.weight', 'stem.0.bias' would learn from 'f'", "'stem'"),
+        (Beside, ["f"], "'stem.0.weight', 'stem.0.bias' would learn from 'f'", "'stem', 'stem.0':"),
         (Residual, ["stem", "layers.0.f"], "'layers.0.stem.weight', ", "'stem', 'stem.0', 'layers.0', 'layers.1', "),
         (
             Residual,
@@ -94,6 +107,13 @@ def test_a_path_around_a_point_is_refused_with_what_would_do(rule, make, points,
         wrap(make(), points, rule)
     message = str(refusal.value)
     assert leak in message and f"No path leads around {instead}" in message and "allow_skips=True" in message
+
+
+def test_a_refusal_says_where_no_point_would_do():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="No module would do instead: untie what is shared, or allow_skips=True"):
+        wrap(model, ["1"])
 
 
 def test_the_bare_model_is_left_without_hooks_and_as_it_was():
