@@ -77,7 +77,7 @@ def batch(net: Net, size: int) -> Any:
 
 def logits_of(net: Net, model: nn.Module, x: Any, **target: Tensor) -> Tensor:
     out = model(x, **target) if net.key is None else model(**x, **target)
-    if net.logits is None:
+    if net.logits is None or isinstance(out, Tensor):  # a model may return them alone in eval mode
         return out
     return out[net.logits] if isinstance(out, Mapping) else getattr(out, net.logits)
 
