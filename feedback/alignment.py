@@ -65,6 +65,7 @@ def alignment(
             routed = logits
             if by_rule and matrices:
                 options: dict[str, Any] = {"class_dim": net.class_dim, "positions": net.positions, "loss": net.loss}
+                options["feature_dims"] = net.feature_dims
                 routed = direct_feedback(logits, activations, matrices, rule=net.rule, target=target, **options)
             tensors = [*activations, *parameters.values()]
             learning = [tensor for tensor in tensors if tensor.requires_grad]
@@ -81,7 +82,7 @@ def alignment(
         cosine = float("nan")
         if matrices:
             feedback_KD = as_rows(matrices[i], channels_last=False).float()
-            seen = features_last(h.detach(), net.class_dim, net.positions)
+            seen = features_last(h.detach(), net.feature_dims[i], net.positions)
             seen = as_rows(seen, channels_last=False) if net.positions is None else seen
             readout = to_positions(seen.float() @ feedback_KD.T, logits_NPK.shape[1:-1])
             cosine = F.cosine_similarity(logits_NPK.float(), readout, dim=-1).mean().item()

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedback.checks import shape_of
 
@@ -19,7 +19,7 @@ def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every Tensor in nested dicts, lists, tuples and dataclasses."""
+    """Every Tensor in nested dicts, lists, tuples and attributes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -28,7 +28,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value):
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
         yield from tensors_in(vars(value))
 
 
@@ -44,25 +44,35 @@ def logits_in(output: Any, key: str | int | None) -> Any:
         return getattr(output, key)
     if isinstance(output, (Mapping, list, tuple)):
         with contextlib.suppress(LookupError, TypeError):
-            return output[key]  # type: ignore[index]
+            return output[key_in(output, key)]
     raise ValueError(f"the model returns {described(output)}, expected logits in it at {key!r}")
+
+
+def key_in(output: Any, key: str | int) -> Any:
+    """The key of a Mapping for an index, as Hugging Face's outputs take one; else `key`."""
+    return [*output][key] if isinstance(output, Mapping) and isinstance(key, int) and key not in output else key
 
 
 def with_logits(output: Any, key: str | int | None, logits: Tensor) -> Any:
     """A copy of the model's output with other logits."""
     if key is None or isinstance(output, Tensor):
         return logits
+    if type(output) is dict:
+        return {**output, key_in(output, key): logits}
     if isinstance(output, tuple):
         if isinstance(key, str):
             return output._replace(**{key: logits})  # type: ignore[attr-defined]
         items = [*output]
         items[key] = logits
-        return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
-    output = copy.copy(output)
+        return getattr(type(output), "_make", type(output))(items)
     if isinstance(output, (Mapping, list)):
-        output[key] = logits  # type: ignore[index]
-    else:
-        setattr(output, str(key), logits)
+        output = copy.copy(output)
+        output[key_in(output, key)] = logits  # type: ignore[index]
+        return output
+    if dataclasses.is_dataclass(output):
+        return dataclasses.replace(output, **{str(key): logits})  # type: ignore[type-var]
+    output = copy.copy(output)
+    setattr(output, str(key), logits)
     return output
 
 

@@ -20,7 +20,7 @@ BARE = (
 
 
 def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str) -> None:
-    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:]) or (K, D)."""
+    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:]), or (K, D)."""
     if h.dim() < 2 or h.shape[0] != batch:
         raise ValueError(f"activation{name} has shape {shape_of(h)}, expected ({batch}, D, ...): as many as logits")
     expected = (classes, *h.shape[1:])
@@ -43,14 +43,18 @@ def refuse_float16(x: Tensor) -> None:
         )
 
 
-def check_logits(logits: Any, class_dim: int = -1) -> None:
+def check_logits(logits: Any, class_dim: int | None) -> None:
     """Raise ValueError unless `logits` is a Tensor (N, ...) with classes in dimension `class_dim`, not the first."""
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise ValueError(
             f"direct feedback needs logits (N, K), or (N, ..., K), got {shape_of(logits)}: where the model returns"
             " more, name them with logits="
         )
-    if class_dim not in [*range(1, logits.dim()), *range(1 - logits.dim(), 0)]:
+    if class_dim is None and logits.dim() > 3:
+        raise ValueError(
+            f"class_dim is not given, expected the dimension of the classes in the logits {shape_of(logits)}"
+        )
+    if class_dim is not None and class_dim not in [*range(1, logits.dim()), *range(1 - logits.dim(), 0)]:
         raise ValueError(
             f"class_dim is {class_dim}, expected a dimension of the logits {shape_of(logits)}, not the first"
         )
@@ -116,12 +120,10 @@ def check_signals(model: nn.Module, points: Sequence[str], activations: Sequence
             )
 
 
-def check_shapes(points: Sequence[str], activations: Sequence[Tensor], batch: int, features: int | None) -> None:
-    """Raise ValueError unless the activation at each point is (`batch`, ...), with a dimension `features` if any."""
+def check_shapes(points: Sequence[str], activations: Sequence[Tensor], batch: int) -> None:
+    """Raise ValueError unless the activation at each point is (`batch`, ...)."""
     for point, h in zip(points, activations, strict=True):
         check_point(h, h.new_empty(1, *h.shape[1:]), batch, 1, f" {point!r}")
-        if features is not None and features not in [*range(1, h.dim()), *range(1 - h.dim(), 0)]:
-            raise ValueError(f"activation {point!r} has shape {shape_of(h)}, expected features in dimension {features}")
 
 
 def version(h: Tensor) -> int:

@@ -24,6 +24,7 @@ def direct_feedback(
     rule: str = "DKP",
     target: Tensor | None = None,
     class_dim: int = -1,
+    feature_dims: Sequence[int] = (),
     positions: str | None = None,
     loss: Loss | None = None,
     inplace_lr: float | Tensor | None = None,
@@ -46,6 +47,7 @@ def direct_feedback(
         target: (N, ...) int64 class ids, 0 to K - 1, for a rule that needs them; what has -100, the `ignore_index` of
             `F.cross_entropy`, is left out. Or a probability for each logit.
         class_dim, positions, loss: as in `DirectFeedback`, but that here None stands for no positions.
+        feature_dims: of each activation, with `positions`.
         inplace_lr: if given, the backward pass itself steps each B, B <- B - lr (e^T @ h + wd B), after e @ B has
             been computed from the old B, and no gradient of B exists. Every backward pass is one such step. A number;
             pass a 0-d Tensor, on a GPU beside B, to change it without recompiling, or in a captured graph.
@@ -61,7 +63,8 @@ def direct_feedback(
     check_logits(logits, class_dim)
     if len(activations) != len(matrices):
         raise ValueError(f"got {len(activations)} activations and {len(matrices)} feedback matrices, expected as many")
-    seen = [features_last(h, class_dim, positions) for h in activations]
+    dims = feature_dims or [class_dim] * len(activations)
+    seen = [features_last(h, dim, positions) for h, dim in zip(activations, dims, strict=True)]
     for i, (h, feedback) in enumerate(zip(seen, matrices, strict=True)):
         check_point(h, feedback, len(logits), logits.shape[class_dim], f" {i}")
     labels = None

@@ -14,6 +14,8 @@ from feedback.positions import from_positions, to_positions
 
 IGNORED = -100  # a label: what has it has no error, as by `F.cross_entropy`
 
+PARALLEL = 0.999  # least cosine of what are multiples of one another, in bfloat16
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -59,14 +61,22 @@ class Labels(NamedTuple):
         return self.scaled(error.movedim(self.class_dim, -1))
 
     def scale_of(self, error_NK: Tensor, logits_NK: Tensor) -> Tensor:
-        """0-d: the factor by which the error at the logits is the loss's own, 1 where that is zero.
+        """0-d: c where the error at the logits is c times the gradient of the loss; 1 where it is no multiple of it.
 
         A loss divided for gradient accumulation has one, and whatever is computed from the labels gets it too.
         """
         expected = self.error_of(logits_NK)
-        squares = expected.square().sum()
-        factor = (error_NK.to(expected.dtype) * expected).sum() / squares
-        return torch.where(squares > 0, factor, 1.0)
+        error = error_NK.to(expected.dtype)
+        size, expected_size = largest(error), largest(expected)
+        error, expected = error / size, expected / expected_size  # so that no square underflows
+        along, squares = (error * expected).sum(), expected.square().sum()
+        is_multiple = along > PARALLEL * (squares * error.square().sum()).sqrt()
+        return torch.where(is_multiple, along / squares * (size / expected_size), 1.0)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value, 0-d; of nothing, 1."""
+    return x.abs().amax() if x.numel() else x.new_ones(())
 
 
 def labels_of(
@@ -78,8 +88,9 @@ def labels_of(
         ValueError: for cross-entropy, a target that is neither class ids nor probabilities.
     """
     if loss is not None:
-        return Labels(target, classes, class_dim, loss, None, [])
+        return Labels(target.detach(), classes, class_dim, loss, None, [])
     check_target(target, classes, class_dim)
+    target = target.detach()
     if target.is_floating_point():
         weights = target.movedim(class_dim, -1).to(dtype)
     else:
@@ -93,8 +104,11 @@ def check_target(target: Any, classes: int, class_dim: int) -> None:
 
     The ids are looked at on a CPU alone: on CUDA that would be a synchronisation, and the loss checks them there.
     """
+    if classes == 1:
+        raise ValueError("the logits have one class, expected two or more: LAS takes other losses with loss=")
     is_ids = isinstance(target, Tensor) and target.dtype == torch.int64
-    has_classes = isinstance(target, Tensor) and target.dim() > 1 and target.shape[class_dim] == classes
+    has_classes = isinstance(target, Tensor) and target.dim() > 1 and classes in target.shape
+    has_classes = has_classes and class_dim in range(-target.dim(), target.dim()) and target.shape[class_dim] == classes
     if not is_ids and not (has_classes and target.is_floating_point()):
         kind = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
         raise ValueError(

@@ -6,7 +6,7 @@ Shapes: N images, I and O features in and out of a layer; B has the shape of the
 import functools
 import math
 from collections.abc import Callable, Mapping, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ def weights_of(name: str, layer: nn.Module) -> dict[str, Tensor]:
         found = {f"{name}.{of}": parameters[of] for of in (*into, "out_proj.weight") if of in parameters}
         return found if len(found) == len(into) + 1 else {}  # a weight made of others, as a pruned one, is none
     if (type(layer) in LAYERS or is_transposed(layer)) and "weight" in layer._parameters:
-        return {name: layer.get_parameter("weight")}
+        return {name: cast(Tensor, layer._parameters["weight"])}  # functional_call puts plain tensors there
     return {}
 
 

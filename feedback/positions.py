@@ -7,18 +7,51 @@ Where a point has other positions than the logits, an affine readout of it would
 of that way back (`from_positions`): its sum over the positions stays the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def features_last(h: Tensor, class_dim: int, positions: str | None) -> Tensor:
+def feature_dims(
+    activations: Mapping[str, Tensor],
+    logits: Tensor,
+    positions: str,
+    class_dim: int | None,
+    feature_dim: int | Mapping[str, int] | None,
+) -> dict[str, int]:
+    """In which dimension each point's h_l has its features.
+
+    Raises:
+        ValueError: that is not said of an h_l of four or more dimensions, or it has no such dimension, or other
+            positions than can be brought to those of the logits.
+    """
+    found = {}
+    for point, h in activations.items():
+        said = feature_dim.get(point) if isinstance(feature_dim, Mapping) else feature_dim
+        said = class_dim if said is None else said
+        if said is None and h.dim() > 3:
+            raise ValueError(
+                f"point {point!r} returns {tuple(h.shape)}, and in which dimension the features are is not said: give"
+                " class_dim or feature_dim"
+            )
+        found[point] = -1 if said is None or h.dim() == 2 else said
+        if found[point] not in [*range(1, h.dim()), *range(1 - h.dim(), 0)]:
+            raise ValueError(f"point {point!r} returns {tuple(h.shape)}, expected features in dimension {said}")
+        if positions == "own" and h.dim() not in (2, logits.dim()):
+            raise ValueError(
+                f"point {point!r} returns {tuple(h.shape)}, and the logits are {tuple(logits.shape)}: expected as many"
+                ' dimensions; with positions="pooled" each sample has one error'
+            )
+    return found
+
+
+def features_last(h: Tensor, feature_dim: int, positions: str | None) -> Tensor:
     """What B meets of an activation: (N, *P, D), or with `positions="pooled"` its mean (N, D); with None h itself."""
     if positions is None:
         return h
-    h = h.movedim(class_dim, -1)
+    h = h.movedim(feature_dim, -1)
     return h.flatten(1, -2).mean(1) if positions == "pooled" and h.dim() > 2 else h
 
 

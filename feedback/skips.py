@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -121,25 +122,21 @@ def check_skips(model: nn.Module, run: Callable[[], Tensor], ends: Mapping[str, 
 
 
 def check_other_outputs(out: Any, logits: Tensor) -> None:
-    """Raise ValueError where the model itself computes a loss from its logits: the error would not go to the points."""
-    for other in tensors_in(out):
-        if other.dim() == 0 and other.grad_fn is not None and passes(other.grad_fn, logits.grad_fn):
+    """Raise ValueError where the model computes a loss as it does its logits: the error would not go to the points.
+
+    A loss is what has no more than one dimension. torch.compile's traces are not looked at.
+    """
+    if torch.compiler.is_compiling():
+        return
+    others = [*tensors_in(out)]
+    if sum(other is logits for other in others) > 1:
+        raise ValueError("the model returns its logits twice, expected once: a loss of the others would reach no point")
+    for other in others:
+        if other.dim() < 2 and other.grad_fn is not None and reached(other.grad_fn) & reached(logits.grad_fn):
             raise ValueError(
                 "the model returns a loss of its logits, whose error would not reach the feedback points: call it"
                 " without labels, and compute the loss from the logits that it returns"
             )
-
-
-def passes(root: Any, node: Any) -> bool:
-    """Whether a backward pass from `root` gets to `node`, both nodes of autograd's graph."""
-    nodes, seen = [root], {root}
-    while nodes:
-        following = {following for following, _ in nodes.pop().next_functions if following is not None} - seen
-        if node in following:
-            return True
-        seen |= following
-        nodes.extend(following)
-    return False
 
 
 def some(names: Iterable[str]) -> str:

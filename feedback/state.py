@@ -23,7 +23,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for module, name, buffer, saved in buffers:
-                    setattr(module, name, buffer.copy_(saved))
+                    if not buffer.is_meta and not torch.equal(
+                        buffer, saved
+                    ):  # one that is a view may not be written to
+                        buffer.copy_(saved)
+                    setattr(module, name, buffer)
 
 
 @contextmanager

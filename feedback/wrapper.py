@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from feedback.functional import broadcast_error, feedback_point
 from feedback.labels import Labels, Loss, labels_of
 from feedback.layerwise import check_no_new_modules, fed_back, init_of, modules_with_parameters
 from feedback.layout import is_channels_last
-from feedback.positions import features_last
+from feedback.positions import feature_dims, features_last
 from feedback.rules import RULES
 from feedback.skips import check_other_outputs, check_skips
 from feedback.state import materialize, untouched
@@ -65,16 +66,16 @@ class _Hooks:
         lr: float | None,
         weight_decay: float | None,
         group: Any,
-        class_dim: int,
-        positions: str | None,
     ) -> None:
         self.rule, self.feedback, self.group = rule, nn.Module(), group
-        self.class_dim, self.positions = class_dim, positions
+        self.positions: str | None = None
+        self.feature_dims: dict[str, int] = {}  # by point, where there are positions
         self.lr = None if lr is None else torch.tensor(lr, dtype=torch.float64)
         self.weight_decay = torch.tensor(weight_decay or 0.0, dtype=torch.float64)
         self.found_inf: Tensor | None = None
         self.under_way: _Pass | None = None
         self.last: _Pass | None = None  # without its tensors but the labels
+        self.owner: weakref.ref[DirectFeedback] | None = None
 
     def current_pass(self) -> _Pass | None:
         """The pass under way. Where a checkpointed block runs again in the backward pass: one like the last."""
@@ -85,12 +86,20 @@ class _Hooks:
             return None
         return self.last and self.last.again()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"under_way": None, "last": None, "owner": None}
+
+    def refuse_bare_training(self) -> None:
+        """Raise ValueError if the wrapper's model is in training; a copy of the model alone has no wrapper."""
+        net = None if self.owner is None else self.owner()
+        if net is not None and net.model.training and torch.is_grad_enabled() and RULES[self.rule].has_feedback:
+            raise ValueError(checks.BARE)
+
     def tap(self, point: str, module: nn.Module, inputs: tuple, h: Tensor) -> Tensor | None:
         under_way = self.current_pass()
         if under_way is None:
-            alone = not (_Hooks.running or torch.compiler.is_compiling() or in_backward())
-            if alone and module.training and torch.is_grad_enabled() and RULES[self.rule].has_feedback:
-                raise ValueError(checks.BARE)
+            if not (_Hooks.running or torch.compiler.is_compiling() or in_backward()):
+                self.refuse_bare_training()
             return None
         cut = under_way.cut and not RULES[self.rule].chained
         if self.lr is not None and h.is_cuda and not self.lr.is_cuda and not torch.compiler.is_compiling():
@@ -100,7 +109,7 @@ class _Hooks:
         if cut and under_way.empties is not None:
             under_way.empties.extend(
                 feedback_point(
-                    features_last(h, self.class_dim, self.positions),
+                    features_last(h, self.feature_dims.get(point, -1), self.positions),
                     getattr(self.feedback, feedback_name(point)),
                     rule=self.rule,
                     name=f" {point!r}",
@@ -153,7 +162,9 @@ class DirectFeedback(nn.Module):
             tuple of positional arguments, or a dict of keyword arguments. It runs through the model a few times,
             without effect on BatchNorm statistics or random numbers. On the meta device B is there, too.
         logits: where the model's output has them, if it is more than they: a key, an attribute or an index.
-        class_dim: the dimension of the classes in the logits, and of the features in h_l where B has no positions.
+        class_dim: the dimension of the classes in the logits: by default the last, but of four or more it must be said.
+        feature_dim: the dimension of the features in h_l, where B has no positions, or a dict of it by point; by
+            default `class_dim`, or the last of (N, T, D).
         positions: None, "own" or "pooled". By default a B for each position where the logits are (N, K), else "own", as
             above. With "pooled" a sample's errors are summed, and go to all positions of h_l in equal parts; B_l is
             (K, D) then, however large h_l is.
@@ -194,7 +205,8 @@ class DirectFeedback(nn.Module):
         example: Any,
         *,
         logits: str | int | None = None,
-        class_dim: int = -1,
+        class_dim: int | None = None,
+        feature_dim: int | Mapping[str, int] | None = None,
         positions: str | None = None,
         update: str = "optimizer",
         feedback_lr: float | None = None,
@@ -207,21 +219,25 @@ class DirectFeedback(nn.Module):
         allow_skips: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(example, Mapping) and "target" in example:
+            raise ValueError(
+                "the example has a 'target', which is the wrapper's own keyword: pass the model's by position"
+            )
         rates = feedback_lr, feedback_weight_decay
         checks.check_options(model, points, rule, update, *rates, positions, missing, loss)
         self.model = model
         self.points = tuple(points)
         self.rule = rule
         self.update = update
-        self.class_dim = class_dim
         self.loss = loss
         self.missing = missing
         self.allow_skips = allow_skips
         self._feedback_lr = feedback_lr
         self._logits = logits
         self._known = modules_with_parameters(model)
-        self._hooks = hooks = _Hooks(rule, *rates, group, class_dim, positions)
+        self._hooks = hooks = _Hooks(rule, *rates, group)
         self.feedback = hooks.feedback
+        hooks.owner = weakref.ref(self)
         first = next(tensors_in(example), None)
         self._device_type = "cpu" if first is None or first.is_meta else first.device.type
         materialize(model, lambda: self._call(example))
@@ -236,11 +252,15 @@ class DirectFeedback(nn.Module):
             else:
                 out = out.new_empty(len(out), classes)
             checks.check_logits(out, class_dim)
+            self.class_dim = -1 if class_dim is None else class_dim
             self.positions = hooks.positions = positions or (None if out.dim() == 2 else "own")
-            self._classes = out.shape[class_dim]
+            self._classes = out.shape[self.class_dim]
             if positions == "own" and out.dim() == 2:
                 raise ValueError('positions is "own", expected "pooled" or None: the logits (N, K) have no positions')
-            checks.check_shapes(self.points, activations, len(out), None if self.positions is None else class_dim)
+            checks.check_shapes(self.points, activations, len(out))
+            by_point = dict(zip(self.points, activations, strict=True))
+            if self.positions is not None:
+                hooks.feature_dims = feature_dims(by_point, out, self.positions, class_dim, feature_dim)
             if not (allow_skips or RULES[rule].chained):
                 self._check_paths(example)
             layers: dict[str, dict[str, Tensor]] = {}
@@ -253,14 +273,17 @@ class DirectFeedback(nn.Module):
                 self._handles.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
                 for matrix, weight in weights.items():
                     self._add_feedback(matrix, len(weight), weight.detach(), init_of(layer, init))
+            if not RULES[rule].chained:
+                for point, h in by_point.items():
+                    seen = h if self.positions is None else h.movedim(hooks.feature_dims[point], -1).flatten(0, -2)
+                    self._add_feedback(point, self._classes, seen, init or nn.init.kaiming_uniform_)
         except BaseException:
             self.unwrap()
             raise
-        if not RULES[rule].chained:
-            for point, h in zip(self.points, activations, strict=True):
-                if self.positions is not None:
-                    h = h.movedim(class_dim, -1).flatten(0, -2)
-                self._add_feedback(point, self._classes, h, init or nn.init.kaiming_uniform_)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hooks.owner = weakref.ref(self)
 
     @contextlib.contextmanager
     def _looking(self, grad_mode: Any) -> Iterator[None]:
@@ -327,6 +350,11 @@ class DirectFeedback(nn.Module):
         return self._hooks.weight_decay.item()
 
     @property
+    def feature_dims(self) -> list[int]:
+        """The dimension of the features in each point's h_l, as far as there are positions."""
+        return [self._hooks.feature_dims.get(point, -1) for point in self.points]
+
+    @property
     def found_inf(self) -> Tensor | None:
         """A 0-d float Tensor beside B, if set: while it is 1, B in place stays as it is (as in fused optimisers)."""
         return self._hooks.found_inf
@@ -354,6 +382,10 @@ class DirectFeedback(nn.Module):
         if rule.chained:
             check_no_new_modules(self.model, self._known)
             return self._run(_Pass(cut=True, taps={}), inputs, named)
+        if self.missing == "skip":
+            check_no_new_modules(self.model, self._known)
+        if not torch.compiler.is_compiling():
+            self._hooks.last = None  # with its labels
         labels = self.labels_of(target)
         out, empties = self.forward_with_empties(labels, *inputs, **named)
         logits = logits_in(out, self._logits)

@@ -1,8 +1,10 @@
 """Models that are called in any way and return anything, and those that a wrapper has to prepare."""
 
 import copy
+import pickle
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,8 +33,12 @@ class Record(OrderedDict):
         return self[name]
 
 
+def only_logits(z, h):
+    return z
+
+
 FORMS = {  # what a model makes of its logits, and the key under which they are
-    "a tensor": (lambda z, h: z, None),
+    "a tensor": (only_logits, None),
     "a tuple": (lambda z, h: (h, z), 1),
     "a list": (lambda z, h: [h, z], -1),
     "a named tuple": (Outputs, "logits"),
@@ -47,7 +53,7 @@ forms = pytest.mark.parametrize(("form", "key"), FORMS.values(), ids=FORMS)
 class Model(nn.Module):
     """Two inputs, one by keyword."""
 
-    def __init__(self, form=FORMS["a tensor"][0], own_loss=False):
+    def __init__(self, form=only_logits, own_loss=False):
         super().__init__()
         torch.manual_seed(1)
         self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
@@ -81,7 +87,7 @@ def assert_equal(these, those):
 @forms
 @each()
 def test_the_logits_are_found_in_any_output_and_put_back(form, key, rule, options):
-    plain, net = (wrap(Model(f), rule, logits=k, **options) for f, k in ((FORMS["a tensor"][0], None), (form, key)))
+    plain, net = (wrap(Model(f), rule, logits=k, **options) for f, k in ((only_logits, None), (form, key)))
     expected = gradients(plain, plain(X, target=Y))
     out = net(X, target=Y)
     assert type(out) is type(form(X, X))
@@ -161,6 +167,122 @@ def test_a_loss_that_the_model_computes_itself_is_refused(rule):
     with torch.no_grad():
         assert net(X, labels=Y).loss > 0
     F.cross_entropy(net(X, target=Y).logits, Y).backward()
+
+
+ESCAPES = {
+    "logits that are a part of what the loss is of": lambda z, h: {
+        "logits": z[:, :3],
+        "loss": F.cross_entropy(z, Y[: len(z)]),
+    },
+    "a loss of shape (1,)": lambda z, h: {"logits": z, "loss": F.cross_entropy(z, Y[: len(z)])[None]},
+    "a loss for each image": lambda z, h: {"logits": z, "loss": F.cross_entropy(z, Y[: len(z)], reduction="none")},
+    "an object": lambda z, h: SimpleNamespace(logits=z, loss=F.cross_entropy(z, Y[: len(z)])),
+}
+
+
+@pytest.mark.parametrize("form", ESCAPES.values(), ids=ESCAPES)
+def test_every_form_of_such_a_loss_is_seen(form):
+    with pytest.raises(ValueError, match="the model returns a loss of its logits"):
+        wrap(Model(form), logits="logits")(X)
+
+
+def test_logits_that_are_returned_twice_are_refused():
+    with pytest.raises(ValueError, match="returns its logits twice"):
+        wrap(Model(lambda z, h: (z, z)), logits=0)(X)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: torch.Tensor
+
+
+class Pair(tuple):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("form", "key"), [(lambda z, h: Frozen(z), "logits"), (lambda z, h: Pair([z, h]), 0), (FORMS["a record"][0], 0)]
+)
+def test_outputs_of_other_types_come_back_as_such(form, key):
+    net, plain = wrap(Model(form), logits=key), wrap(Model())
+    out = net(X)
+    assert type(out) is type(form(X, X))
+    logits = out.logits if isinstance(out, (Frozen, Record)) else out[0]
+    assert_equal(gradients(net, logits), gradients(plain, plain(X)))
+
+
+def test_a_model_that_returns_a_dict_is_compiled():
+    torch._dynamo.reset()
+    net, plain = wrap(Model(FORMS["a dict"][0]), logits="items"), wrap(Model())
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    assert_equal(gradients(net, compiled(X)["items"]), gradients(plain, plain(X)))
+
+
+def test_an_input_called_target_is_refused():
+    with pytest.raises(ValueError, match="the example has a 'target'"):
+        wrap(Model(), example={"x": X, "target": Y})
+
+
+def test_one_class_has_no_cross_entropy():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 1)).double()
+    y = (Y[:, None] > 0).double()
+    for rule in ("LAS", "DRTP"):
+        with pytest.raises(ValueError, match="the logits have one class"):
+            DirectFeedback(model, ["0"], rule, X)(X, target=y)
+    net = DirectFeedback(model, ["0"], "LAS", X, loss=F.binary_cross_entropy_with_logits)
+    F.binary_cross_entropy_with_logits(net(X, target=y), y).backward()
+    assert net.matrices()[0].grad.any()
+
+
+@each()
+def test_weights_may_be_swapped_by_functional_call(rule, options):
+    net = wrap(Model(), rule, **options)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in net.model.named_parameters(prefix="model")}
+    F.cross_entropy(torch.func.functional_call(net, weights, (X,), {"target": Y}), Y).backward()
+    swapped = [weight.grad for weight in weights.values()]
+    F.cross_entropy(net(X, target=Y), Y).backward()
+    if not options.get("update"):
+        assert_equal(swapped, [p.grad for p in net.model.parameters()])
+
+
+def test_a_copy_of_the_model_alone_is_the_bare_model():
+    net = wrap(Model())
+    model = copy.deepcopy(net.model)
+    with pytest.raises(ValueError, match="called without its wrapper"):
+        net.model(X)
+    assert_equal([model(X)], [net(X)])
+    copied = copy.deepcopy(net)
+    with pytest.raises(ValueError, match="called without its wrapper"):
+        copied.model(X)
+    del net, copied
+    model(X).sum().backward()
+
+
+def test_labels_are_neither_pickled_nor_copied():
+    net = wrap(Model(), "LAS")
+    size = len(pickle.dumps(net))
+    teacher = nn.Linear(4, 3).double()
+    x = X.repeat(1000, 1)
+    soft = teacher(x).softmax(1)
+    F.cross_entropy(net(x, target=soft), soft.detach()).backward()
+    net.zero_grad()
+    assert len(pickle.dumps(net)) == size and len(copy.deepcopy(net).points) == 2
+    assert teacher.weight.grad is None
+
+
+def test_a_block_put_in_after_wrapping_is_seen_where_blocks_may_be_left_out():
+    model = Dropped().double()
+    net = DirectFeedback(model, ["blocks.0", "blocks.1"], "DKP", X[:2], missing="skip")
+    model.blocks[1] = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
+    with pytest.raises(ValueError, match="a Linear, was put in after wrapping"):
+        net(X)
+
+
+def test_an_expanded_buffer_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
+    model.register_buffer("mask", torch.ones(1, 5).expand(4, 5))
+    DirectFeedback(model, ["0"], "DKP", X)
+    assert model.mask.stride() == (0, 1)
 
 
 class Dropped(nn.Module):

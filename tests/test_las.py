@@ -106,6 +106,7 @@ def test_the_readouts_learn_the_classes():
             torch.zeros(6, dtype=torch.int64),
             r"target has shape \(6,\), expected .* \(N, ..., K\) \(7, 3\)",
         ),
+        (torch.zeros(7, 1), r"target is torch.float32 \(7, 1\), expected class ids"),
         (torch.zeros(7), r"target is torch.float32 \(7,\), expected class ids"),
         (torch.zeros(7, dtype=torch.int32), r"target is torch.int32 \(7,\), expected class ids torch.int64"),
     ],

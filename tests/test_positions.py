@@ -12,6 +12,7 @@ from torch import nn
 from variants import IN_PLACE
 
 from feedback import RULES, DirectFeedback, alignment, direct_feedback
+from feedback.labels import labels_of
 from feedback.positions import features_last, from_positions, to_positions
 
 N, K, T = 3, 4, 6
@@ -87,7 +88,7 @@ NETS = {  # model, and its input's shape and options
     "coarser logits": (coarse, {"x": (N, 2, 12, 9), "class_dim": 1}),
     "logits without positions": (classifier, IMAGES | {"positions": "pooled"}),
     "an activation without positions": (decoder, {"x": (N, 4)}),
-    "volumes": (volumes, {"x": (N, 1, 4, 5, 6)}),
+    "volumes": (volumes, {"x": (N, 1, 4, 5, 6), "class_dim": -1}),
 }
 nets = pytest.mark.parametrize(("make", "case"), NETS.values(), ids=NETS)
 
@@ -235,6 +236,31 @@ def test_a_scaled_loss_scales_what_comes_from_the_labels(loss):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("rule", ["LAS", "DRTP"])
+def test_a_loss_that_is_no_multiple_of_cross_entropy_does_not_scale_what_comes_from_the_labels(rule):
+    for margin in (0, 3, 8, 16, 60):
+        grads = []
+        for smoothing in (0, 0.1):
+            net, x = wrap(classifier, IMAGES | {"positions": "pooled"}, rule)
+            net.model[2][2].weight.data.zero_()
+            net.model[2][2].bias.data = margin * torch.eye(K, dtype=torch.float64)[0]
+            y = torch.zeros(len(x), dtype=torch.int64)
+            F.cross_entropy(net(x, target=y), y, label_smoothing=smoothing).backward()
+            parameters = net.model[0] if rule == "DRTP" else net.feedback
+            grads.append([parameter.grad for parameter in parameters.parameters()])
+        for plain, smooth in zip(*grads, strict=True):
+            assert (plain * smooth).sum() > 0 and 0.2 < smooth.norm() / plain.norm() < 1.5
+
+
+@pytest.mark.parametrize("margin", [0, 20, 49, 80])
+def test_the_factor_of_a_scaled_loss_is_exact_however_small_the_error(margin):
+    labels = labels_of(torch.zeros(5, dtype=torch.int64), K, torch.float32, -1, None)._replace(shape=(5,))
+    logits = margin * torch.eye(K)[:1].expand(5, -1)
+    error = 0.125 * labels.error_of(logits)
+    expected = 0.125 if margin < 100 and error.any() else 1
+    assert labels.scale_of(error, logits).item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_accumulated_halves_equal_the_whole_by_every_direct_rule():
     for rule in RULES:
         if not RULES[rule].chained:
@@ -352,6 +378,36 @@ def test_misuse_is_refused(make, case, message):
 def test_positions_of_another_kind_are_refused():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 12), nn.Unflatten(1, (2, 3, 2)), nn.Flatten(1, 2), nn.Linear(2, K))
-    net = DirectFeedback(model, ["1"], "DFA", torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"a point has positions \(2, 3\), the logits \(6,\).*pooled"):
-        net(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"'1' returns \(2, 2, 3, 2\), and the logits are \(2, 6, 4\).*pooled"):
+        DirectFeedback(model, ["1"], "DFA", torch.zeros(2, 4), feature_dim=-1)
+    assert DirectFeedback(model, ["1"], "DFA", torch.zeros(2, 4), feature_dim=-1, positions="pooled")
+
+
+def test_where_the_features_are_is_not_guessed():
+    image = torch.zeros(2, 2, 8, 9).double()
+    with pytest.raises(ValueError, match=r"'0' returns \(2, 5, 8, 9\), and in which dimension the features are is not"):
+        DirectFeedback(classifier().double(), ["0"], "DKP", image, positions="pooled")
+    with pytest.raises(ValueError, match=r"class_dim is not given, expected .* classes in the logits \(2, 4"):
+        DirectFeedback(pixels().double(), ["0"], "DKP", image)
+    for feature_dim in (1, {"0": 1}):
+        net = DirectFeedback(classifier().double(), ["0"], "DKP", image, positions="pooled", feature_dim=feature_dim)
+        assert net.matrices()[0].shape == (K, 5)
+    with pytest.raises(ValueError, match=r"'0' returns \(2, 5, 8, 9\), expected features in dimension 4"):
+        DirectFeedback(classifier().double(), ["0"], "DKP", image, positions="pooled", feature_dim=4)
+
+
+def test_features_and_classes_in_other_dimensions():
+    """Channels first below, tokens above."""
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv1d(2, 5, 3, padding=1), nn.Tanh()),
+        nn.Sequential(FeaturesLast(), nn.Linear(5, 6), nn.Tanh()),
+        nn.Linear(6, K),
+    ).double()
+    x, y = torch.randn(N, 2, T, dtype=torch.float64), torch.arange(N * T).view(N, T) % K
+    net = DirectFeedback(model, ["0", "1"], "DKP", x, feature_dim={"0": 1})
+    assert [B.shape for B in net.matrices()] == [(K, 5), (K, 6)]
+    logits = net(x)
+    cross_entropy(logits, y, -1).backward()
+    error = (logits.softmax(-1) - F.one_hot(y, K)) / y.numel()
+    h = model[0](x).detach() if net.eval() else None
+    torch.testing.assert_close(net.matrices()[0].grad, torch.einsum("ntk,ndt->kd", error, h).detach())
