@@ -65,18 +65,11 @@ class Labels(NamedTuple):
 
         A loss divided for gradient accumulation has one, and whatever is computed from the labels gets it too.
         """
-        expected = self.error_of(logits_NK)
-        error = error_NK.to(expected.dtype)
-        size, expected_size = largest(error), largest(expected)
-        error, expected = error / size, expected / expected_size  # so that no square underflows
-        along, squares = (error * expected).sum(), expected.square().sum()
-        is_multiple = along > PARALLEL * (squares * error.square().sum()).sqrt()
-        return torch.where(is_multiple, along / squares * (size / expected_size), 1.0)
-
-
-def largest(x: Tensor) -> Tensor:
-    """The largest absolute value, 0-d; of nothing, 1."""
-    return x.abs().amax() if x.numel() else x.new_ones(())
+        expected = self.error_of(logits_NK).double().flatten()  # so that no square underflows
+        error = error_NK.double().flatten()
+        along, squares = error @ expected, expected @ expected
+        is_multiple = along > PARALLEL * (squares * (error @ error)).sqrt()
+        return torch.where(is_multiple, along / squares, 1.0)
 
 
 def labels_of(
