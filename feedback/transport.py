@@ -72,7 +72,7 @@ def feedback_layers(model: nn.Module, run: Callable[[], Any], as_weight: bool = 
     for name, module in model.named_modules():
         if name in layers and name not in reached:
             raise ValueError(
-                f"layer {name!r} was never reached in the forward pass, expected it to be called: a"
+                f"layer {name!r} was never reached in the forward pass in eval mode, expected it to be called: a"
                 " product with its weight taken elsewhere has no feedback"
             )
         for of, parameter in module.named_parameters(recurse=False):
