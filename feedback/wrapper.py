@@ -60,13 +60,7 @@ class _Hooks:
 
     running = 0  # passes of any wrapper
 
-    def __init__(
-        self,
-        rule: str,
-        lr: float | None,
-        weight_decay: float | None,
-        group: Any,
-    ) -> None:
+    def __init__(self, rule: str, lr: float | None, weight_decay: float | None, group: Any) -> None:
         self.rule, self.feedback, self.group = rule, nn.Module(), group
         self.positions: str | None = None
         self.feature_dims: dict[str, int] = {}  # by point, where there are positions

@@ -418,6 +418,7 @@ def test_blocks_that_were_compiled_before(rule, options, points):
     assert_equal(*grads)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_an_unwrapped_model_is_exported_and_scripted_without_a_trace_of_the_wrapper():
     for rule in ("DKP", "FA"):
         model = nn.Sequential(OrderedDict(a=nn.Linear(4, 5), b=nn.Tanh(), c=nn.Linear(5, 3))).double()
