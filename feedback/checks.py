@@ -12,6 +12,7 @@ from feedback.rules import RULES, learned_rules
 UPDATES = ("optimizer", "inplace")
 POSITIONS = (None, "own", "pooled")
 MISSING = ("refuse", "skip")
+LARGE_ERROR = 4.0  # at a logit
 MODES = "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
 BARE = (
     "the model is called without its wrapper, in training and with gradients, and would learn by backpropagation: call"
@@ -40,6 +41,16 @@ def refuse_float16(x: Tensor) -> None:
         raise ValueError(
             "the update of B in place got float16, expected float32 or bfloat16: a GradScaler would scale the step. Use"
             ' bfloat16, or update="optimizer"'
+        )
+
+
+def refuse_large(error: Tensor) -> None:
+    """Raise ValueError if e is larger than a loss of probabilities has it: a GradScaler would scale B's step, too."""
+    largest = error.detach().abs().amax().item() if error.numel() else 0.0
+    if largest > LARGE_ERROR:
+        raise ValueError(
+            f"the update of B in place got an error of {largest:.3g} at a logit, expected 1 at most as by cross-entropy."
+            ' A GradScaler would scale the step: bfloat16 needs none. Or divide the loss, or take update="optimizer"'
         )
 
 

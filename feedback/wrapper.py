@@ -140,7 +140,8 @@ class DirectFeedback(nn.Module):
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
     `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B but, on a GPU, for one point's product at a
     time. In place, each backward pass is a step of B: with gradient accumulation B steps once per micro-batch. A loss
-    scaled by a factor scales the step too, and so would a GradScaler: with that, take the optimiser.
+    scaled by a factor scales the step too, and so would a GradScaler: the first backward pass refuses an error as large
+    as one makes it.
 
     Logits may have positions, as tokens (N, T, K) or pixels (N, K, H, W). B_l is (K, D) then, for all positions of
     h_l, (N, T, D) or (N, D, H, W), and the error at a position goes to h_l at that position. Where h_l has others, it
@@ -228,6 +229,7 @@ class DirectFeedback(nn.Module):
         self.allow_skips = allow_skips
         self._feedback_lr = feedback_lr
         self._logits = logits
+        self._seen_error = False
         self._known = modules_with_parameters(model)
         self._hooks = hooks = _Hooks(rule, *rates, group)
         self.feedback = hooks.feedback
@@ -393,6 +395,10 @@ class DirectFeedback(nn.Module):
         routed = broadcast_error(logits, empties, self.class_dim, labels)
         if self.update == "inplace":
             checks.refuse_float16(routed)
+            capturing = routed.is_cuda and torch.cuda.is_current_stream_capturing()
+            if not (self._seen_error or torch.compiler.is_compiling() or capturing):  # reads e back: once
+                routed.register_hook(checks.refuse_large)
+                self._seen_error = True
         return with_logits(out, self._logits, routed)
 
     def labels_of(self, target: Tensor | None) -> Labels | None:

@@ -544,6 +544,22 @@ def test_update_in_place_under_an_fp16_grad_scaler_is_refused():
         scaler.scale(F.cross_entropy(net(x), y)).backward()
 
 
+@pytest.mark.parametrize("rule", ["DKP", "LAS"])
+def test_update_in_place_under_a_bfloat16_grad_scaler_is_refused_before_b_is_stepped(rule):
+    net = make(rule, torch.float32, update="inplace", feedback_lr=0.1)
+    x, y = data(4, torch.float32)
+    before = [B.clone() for B in net.matrices()]
+    scaler = torch.amp.GradScaler("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(net(x, target=y), y)
+    with pytest.raises(ValueError, match=r"an error of .* at a logit, expected 1 at most.*GradScaler"):
+        scaler.scale(loss).backward()
+    assert all(torch.equal(B, old) for B, old in zip(net.matrices(), before, strict=True))
+    for reduction in ("mean", "sum"):
+        net = make(rule, torch.float32, update="inplace", feedback_lr=0.1)
+        F.cross_entropy(net(x, target=y), y, reduction=reduction).backward()
+
+
 def test_update_in_place_is_refused_under_fp16_autocast_even_where_all_it_sees_is_float32():
     model = nn.Sequential(nn.Linear(4, 5), nn.Softmax(1), nn.Linear(5, 3), nn.Softmax(1))
     net = DirectFeedback(model, ("1",), "DKP", torch.zeros(2, 4), update="inplace", feedback_lr=0.1)
