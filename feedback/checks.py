@@ -49,8 +49,8 @@ def refuse_large(error: Tensor) -> None:
     largest = error.detach().abs().amax().item() if error.numel() else 0.0
     if largest > LARGE_ERROR:
         raise ValueError(
-            f"the update of B in place got an error of {largest:.3g} at a logit, expected 1 at most as by cross-entropy."
-            ' A GradScaler would scale the step: bfloat16 needs none. Or divide the loss, or take update="optimizer"'
+            f"the update of B in place got an error of {largest:.3g} at a logit, expected 1 at most (cross-entropy):"
+            ' a GradScaler would scale the step. In bfloat16 leave it out; divide the loss, or take update="optimizer"'
         )
 
 
