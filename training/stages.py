@@ -3,6 +3,7 @@
 Every process has the whole net, and trains its own stage of it; so what is tested, saved and resumed is the whole net.
 """
 
+import copy
 from argparse import Namespace
 from datetime import timedelta
 
@@ -48,7 +49,8 @@ class Stages:
         self.net, self.optimizers, self.micro_batches = net, optimizers, args.micro_batches
         self.weight = 1.0
         with autocast(args, example.device):
-            costs = [costs_of(net.model, example) if dist.get_rank() == 0 else {}]
+            bare = copy.deepcopy(net.model) if dist.get_rank() == 0 else None  # a model in training without its wrapper
+            costs = [{} if bare is None else costs_of(bare, example)]
         dist.broadcast_object_list(costs, device=example.device)
         parts = parts_of(net.model, balanced_cuts(costs[0], net.points, stages))
         replicas = mesh["replica"].get_group() if world > stages else None
