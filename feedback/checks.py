@@ -20,12 +20,15 @@ BARE = (
 )
 
 
-def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str) -> None:
-    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:]), or (K, D)."""
+def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str, own: bool = False) -> None:
+    """Raise ValueError, which calls the point `name`, unless h is (N, ...) and B (K, *h.shape[1:]).
+
+    With `own` positions h is (N, *P, D) and B (K, D).
+    """
     if h.dim() < 2 or h.shape[0] != batch:
         raise ValueError(f"activation{name} has shape {shape_of(h)}, expected ({batch}, D, ...): as many as logits")
-    expected = (classes, *h.shape[1:])
-    if feedback.shape not in (expected, (classes, h.shape[-1])):
+    expected = (classes, h.shape[-1]) if own else (classes, *h.shape[1:])
+    if feedback.shape != expected:
         got = shape_of(feedback)
         raise ValueError(
             f"feedback matrix{name} has shape {got}, expected {expected}: (K, *h.shape[1:]). An h whose size changes"

@@ -66,7 +66,7 @@ def direct_feedback(
     dims = feature_dims or [class_dim] * len(activations)
     seen = [features_last(h, dim, positions) for h, dim in zip(activations, dims, strict=True)]
     for i, (h, feedback) in enumerate(zip(seen, matrices, strict=True)):
-        check_point(h, feedback, len(logits), logits.shape[class_dim], f" {i}")
+        check_point(h, feedback, len(logits), logits.shape[class_dim], f" {i}", own=positions is not None)
     labels = None
     if rule in RULES and RULES[rule].needs_target:
         dtype, shape = torch.promote_types(logits.dtype, torch.float32), logits.movedim(class_dim, -1).shape

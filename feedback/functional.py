@@ -165,7 +165,7 @@ def feedback_point(
     Raises:
         ValueError: as `direct_feedback` does.
     """
-    check_point(h, feedback, len(h), len(feedback), name)
+    check_point(h, feedback, len(h), len(feedback), name, own=feedback.dim() == 2)
     if rule not in RULES or RULES[rule].chained:
         raise ValueError(f"rule is {rule!r}, expected one of {[key for key, r in RULES.items() if not r.chained]}")
     if (feedback.requires_grad or inplace_lr is not None) and not RULES[rule].learns:

@@ -516,7 +516,7 @@ def test_another_image_size_than_the_examples_is_refused():
     ("logits", "activations", "matrices", "message"),
     [
         ((4,), [(4, 5)], [(3, 5)], r"\(N, K\), or \(N, \.\.\., K\), got \(4,\)"),
-        ((4, 3), [(4, 7, 5)], [(3, 5)], r"a point has positions \(7,\), the logits \(\)"),
+        ((4, 3), [(4, 7, 5)], [(3, 5)], r"feedback matrix 0 has shape \(3, 5\), expected \(3, 7, 5\)"),
         ((4, 3), [(4, 5)], [], "got 1 activations and 0 feedback matrices"),
         ((4, 3), [(4, 5)], [(5, 3)], r"feedback matrix 0 has shape \(5, 3\), expected \(3, 5\)"),
         ((4, 3), [(4, 5, 1)], [(3, 5)], r"feedback matrix 0 has shape \(3, 5\), expected \(3, 5, 1\)"),
