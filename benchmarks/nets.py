@@ -200,7 +200,7 @@ def memory(net: Net, positions: bool) -> dict[str, Any]:
         try:
             with torch.device("meta"):
                 model = net.usual().double().eval()
-        except NotImplementedError:  # it reads its widths from tensors
+        except NotImplementedError:  # by a model whose constructor reads values, which that device does not have
             model = net.usual().double().eval().to("meta")
         shapes: dict[str, torch.Size] = {}
         for name in points_of(net, model):

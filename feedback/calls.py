@@ -18,18 +18,20 @@ def arguments(example: Any) -> tuple[tuple, dict[str, Any]]:
     return ((), dict(example)) if isinstance(example, Mapping) else ((example,), {})
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every Tensor in nested dicts, lists, tuples and attributes."""
+def tensors_in(value: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """Every Tensor in nested dicts, lists, tuples and attributes; `around` are the ids of what `value` is in."""
+    items: Any = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        items = value.values()
     elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
+        items = value
     elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        yield from tensors_in(vars(value))
+        items = vars(value).values()
+    if id(value) not in around:  # an object may have itself in it
+        for item in items:
+            yield from tensors_in(item, (*around, id(value)))
 
 
 def logits_in(output: Any, key: str | int | None) -> Any:

@@ -45,6 +45,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
+def is_capturing(x: Tensor) -> bool:
+    """Whether `x` is part of a CUDA graph that is being captured."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _Handles(list[RemovableHandle]):
     """Of the hooks on a model, which go with the last wrapper that has these handles."""
 
@@ -395,8 +400,7 @@ class DirectFeedback(nn.Module):
         routed = broadcast_error(logits, empties, self.class_dim, labels)
         if self.update == "inplace":
             checks.refuse_float16(routed)
-            capturing = routed.is_cuda and torch.cuda.is_current_stream_capturing()
-            if not (self._seen_error or torch.compiler.is_compiling() or capturing):  # reads e back: once
+            if not (self._seen_error or torch.compiler.is_compiling() or is_capturing(routed)):  # reads e back: once
                 routed.register_hook(checks.refuse_large)
                 self._seen_error = True
         return with_logits(out, self._logits, routed)

@@ -186,6 +186,16 @@ def test_every_form_of_such_a_loss_is_seen(form):
         wrap(Model(form), logits="logits")(X)
 
 
+def test_an_output_may_have_itself_in_it():
+    def form(z, h):
+        out = SimpleNamespace(logits=z)
+        out.itself = out
+        return out
+
+    net, plain = wrap(Model(form), logits="logits"), wrap(Model())
+    assert_equal(gradients(net, net(X).logits), gradients(plain, plain(X)))
+
+
 def test_logits_that_are_returned_twice_are_refused():
     with pytest.raises(ValueError, match="returns its logits twice"):
         wrap(Model(lambda z, h: (z, z)), logits=0)(X)
