@@ -37,7 +37,16 @@ from training.run import Run, RunEndedError, plural
 IMAGE_SIZE = 32
 PROBE_IMAGES = 256  # the first training images, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = ("recipe", "train_mode", "dataset", "b_update", "b_scale", "batch_size")
-FIXED_BY_THE_CHECKPOINT += ("seed", "precision", "dry_run", "fc_norm", "schedule", "validation")
+FIXED_BY_THE_CHECKPOINT += (
+    "seed",
+    "precision",
+    "dry_run",
+    "fc_norm",
+    "schedule",
+    "validation",
+    "head_width",
+    "head_pool",
+)
 # no part of the experiment: not in the checkpoint
 NOT_KEPT = {"out", "resume", "evaluate", "classify", "cuda_graph", "no_cuda"}
 

@@ -51,7 +51,7 @@ from training.stages import Stages, share_among_replicas
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = ("recipe", "arch", "train_mode", "dataset", "b_update", "b_scale")
-FIXED_BY_THE_CHECKPOINT += ("seed", "image_size", "schedule")
+FIXED_BY_THE_CHECKPOINT += ("seed", "image_size", "schedule", "head_width", "head_pool")
 # no part of the experiment: not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "compile_mode"}
 OF_THE_RUN |= {"limit_batches", "cuda_graph"}
@@ -149,8 +149,8 @@ def check_stages(args: Namespace, parser: Parser) -> None:
     args.micro_batches = args.micro_batches or 1
     if args.pipeline_stages == 1:
         parser.error("--pipeline-stages: got 1, expected 2 or more")
-    if RULES[args.train_mode].chained:
-        direct = ", ".join(name for name, rule in RULES.items() if not rule.chained)
+    if RULES[args.train_mode].chained or RULES[args.train_mode].perturbs:
+        direct = ", ".join(name for name, rule in RULES.items() if not (rule.chained or rule.perturbs))
         parser.error(f"--pipeline-stages: got --train-mode {args.train_mode}, expected {direct}: e goes to all stages")
     if args.pipeline_stages > len(AlexNet.points):
         parser.error(f"--pipeline-stages: got {args.pipeline_stages}, but {len(AlexNet.points)} blocks have feedback")

@@ -71,12 +71,18 @@ def convnet_stages(mode: str) -> list[list[Changes]]:
     """What a search of CIFAR-10's net tries, from the original's settings: ten runs for each rule.
 
     Learning rate and schedule of W first, with and without --fc-norm; then the learning rate, schedule, decay and start
-    of B where those are its own, else more of W's, and B's start; last, one step of W's learning rate beyond the edge
-    of what was tried.
+    of B where those are its own, or the heads' learning rate, schedule and shape, else more of W's, and B's start; last,
+    one step of W's learning rate beyond the edge of what was tried.
     """
     beyond: list[Changes] = [{"--lr": {"BP": "0.05", "DKP": "0.001", "LAS": "0.02"}.get(mode, "0.03")}]
     one_cycle: Changes = {"--schedule": "one-cycle"}
-    weights: list[Changes] = [one_cycle | {"--lr": lr} for lr in ("0.002", "0.005")]
+    if RULES[mode].head:
+        heads: Changes = one_cycle | {"--b-lr": "1e-3"}
+        weights = [heads | {"--lr": lr, "--fc-norm": None} for lr in ("0.005", "0.01", "0.02")]
+        weights += [heads | {"--lr": "0.01"}]
+        shape: list[Changes] = [{"--head-width": "256"}, {"--head-pool": "4"}]
+        return [weights, [{"--b-lr": "3e-4"}, {"--b-lr": "3e-3"}], [{"--gamma": "1"}], shape, beyond]
+    weights = [one_cycle | {"--lr": lr} for lr in ("0.002", "0.005")]
     weights += [one_cycle | {"--lr": lr, "--fc-norm": None} for lr in ("0.005", "0.01")]
     if RULES[mode].learns:
         b_lr: list[Changes] = [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}]

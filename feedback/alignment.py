@@ -4,13 +4,14 @@ Shapes: N batch, K classes, D features of one block.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from feedback.direct import direct_feedback
+from feedback.labels import Labels
 from feedback.layout import as_rows
 from feedback.positions import features_last, to_positions
 from feedback.rules import RULES
@@ -56,13 +57,17 @@ def alignment(
         ValueError: as `DirectFeedback` does in its forward pass.
     """
     parameters = {name: p for name, p in net.model.named_parameters() if p.requires_grad}
-    matrices = [] if RULES[net.rule].chained else [B.detach() for B in net.matrices()]
+    has_matrices = not (RULES[net.rule].chained or RULES[net.rule].head)
+    matrices = [B.detach() for B in net.matrices()] if has_matrices else []
 
     def gradients(by_rule: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits, activations, and the gradients of activations and parameters; zeros for one that gets none."""
         with untouched(net.model), torch.enable_grad():
             logits, activations = net.tapped_forward(x, cut=by_rule)
             routed = logits
+            if by_rule and RULES[net.rule].head:
+                labels = cast(Labels, net.labels_of(target))
+                routed = net.route(logits, net.head_empties(activations, labels), labels)
             if by_rule and matrices:
                 options: dict[str, Any] = {"class_dim": net.class_dim, "positions": net.positions, "loss": net.loss}
                 options["feature_dims"] = net.feature_dims

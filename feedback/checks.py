@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from feedback.labels import Labels
-from feedback.rules import RULES, learned_rules
+from feedback.rules import RULES
 
 UPDATES = ("optimizer", "inplace")
 POSITIONS = (None, "own", "pooled")
 MISSING = ("refuse", "skip")
 LARGE_ERROR = 4.0  # at a logit
 MODES = "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
+FORWARD_MODE = "FDFA differentiates in forward mode, expected no torch.compile and no activation checkpointing"
 BARE = (
     "the model is called without its wrapper, in training and with gradients, and would learn by backpropagation: call"
     " the wrapper. To have the bare model, take net.unwrap(), net.eval() or torch.no_grad()"
@@ -164,14 +165,17 @@ def check_options(
     positions: str | None,
     missing: str,
     loss: Any,
+    head: Any,
+    init: Any,
 ) -> None:
     """Raise ValueError for arguments of `DirectFeedback` that cannot be, before anything is run."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}, expected one of {', '.join(RULES)}")
     if update not in UPDATES:
         raise ValueError(f"update is {update!r}, expected one of {UPDATES}")
-    if update == "inplace" and not RULES[rule].learns:
-        raise ValueError(f'update="inplace" needs a rule of {learned_rules()}, got {rule!r}')
+    if update == "inplace" and not RULES[rule].in_place:
+        in_place = [name for name, r in RULES.items() if r.in_place]
+        raise ValueError(f'update="inplace" needs a rule of {in_place}, got {rule!r}')
     if (update == "inplace") != (feedback_lr is not None):
         raise ValueError(f'feedback_lr goes with update="inplace": got feedback_lr={feedback_lr}, update={update!r}')
     if feedback_weight_decay is not None and update != "inplace":
@@ -180,8 +184,14 @@ def check_options(
         raise ValueError(f"positions is {positions!r}, expected one of {POSITIONS}")
     if missing not in MISSING:
         raise ValueError(f"missing is {missing!r}, expected one of {MISSING}")
-    if loss is not None and rule != "LAS":
-        raise ValueError(f"loss goes with rule LAS, whose B learns by it: got rule {rule!r}")
+    readouts = [name for name, r in RULES.items() if r.learns and r.needs_target]
+    if loss is not None and rule not in readouts:
+        raise ValueError(f"loss goes with {readouts}, whose readouts learn by it: got rule {rule!r}")
+    has_heads = RULES[rule].head
+    if head is not None and not has_heads:
+        raise ValueError(f"head goes with {[name for name, r in RULES.items() if r.head]}, got rule {rule!r}")
+    if has_heads and (positions is not None or init is not None):
+        raise ValueError(f"rule {rule} has heads, which take no positions and no init")
     if isinstance(points, str) or not points:
         raise ValueError(f"points is {points!r}, expected a sequence of one or more submodule names")
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -168,7 +168,7 @@ def feedback_point(
     check_point(h, feedback, len(h), len(feedback), name, own=feedback.dim() == 2)
     if rule not in RULES or RULES[rule].chained:
         raise ValueError(f"rule is {rule!r}, expected one of {[key for key, r in RULES.items() if not r.chained]}")
-    if (feedback.requires_grad or inplace_lr is not None) and not RULES[rule].learns:
+    if (feedback.requires_grad or inplace_lr is not None) and RULES[rule].correlated is None:
         raise ValueError(f"feedback matrix{name} is to learn, expected it fixed by {rule}")
     if inplace_lr is not None:
         refuse_float16(h)

@@ -156,6 +156,8 @@ class Pipeline:
     ) -> None:
         if rule in RULES and RULES[rule].chained:
             raise ValueError(f"rule is {rule!r}, expected a direct one: for {rule} take torch.distributed.pipelining")
+        if rule in RULES and RULES[rule].perturbs:
+            raise ValueError(f"rule is {rule!r}, whose directional derivatives do not go from stage to stage")
         if autocast == torch.float16:
             raise ValueError("autocast is torch.float16, expected bfloat16: a GradScaler does not know of e")
         self.group = dist.group.WORLD if group is None else group
@@ -298,7 +300,7 @@ class Pipeline:
         for number, (h, piece) in enumerate(zip(self._inputs(x, sizes), targets, strict=True)):
             with self._phase("forward", number):
                 with self._autocast(piece.device):
-                    out, empties = self.net.forward_with_empties(self.net.labels_of(piece), h)
+                    out, empties = self.net.forward_with_empties(self.net.labels_of(piece), None, h)
                 outputs.append((out, empties))
                 if self.last:
                     back.append(error_of(out, piece).contiguous())

@@ -5,21 +5,25 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from feedback import checks
 from feedback.calls import arguments, logits_in, tensors_in, with_logits
 from feedback.checks import feedback_name, version
+from feedback.forward_mode import perturbed_point
 from feedback.functional import broadcast_error, feedback_point
+from feedback.heads import MakeHead, head_point, mlp_head
 from feedback.labels import Labels, Loss, labels_of
 from feedback.layerwise import check_no_new_modules, fed_back, init_of, modules_with_parameters
 from feedback.layout import is_channels_last
 from feedback.positions import feature_dims, features_last
 from feedback.rules import RULES
+from feedback.rules.las import readout_error
 from feedback.skips import check_other_outputs, check_skips
 from feedback.state import materialize, untouched
 from feedback.transport import feedback_layers
@@ -32,8 +36,9 @@ class _Pass(NamedTuple):
 
     cut: bool
     taps: dict[str, tuple[Tensor, int]]  # each point's output and its version counter
-    empties: list[Tensor] | None = None  # of `feedback_point`, so far
+    empties: list[Tensor] | None = None  # of the points, so far
     labels: Labels | None = None
+    derivative: list[Tensor] | None = None  # of the logits along the perturbations of FDFA, when it is known
 
     def again(self) -> "_Pass":
         """One like this, that has not begun."""
@@ -105,21 +110,36 @@ class _Hooks:
             self.lr = self.lr.to(h.device, torch.float32)
         checks.check_tap(point, h, point in under_way.taps, cut)
         under_way.taps[point] = h, version(h)
-        if cut and under_way.empties is not None:
-            under_way.empties.extend(
-                feedback_point(
-                    features_last(h, self.feature_dims.get(point, -1), self.positions),
-                    getattr(self.feedback, feedback_name(point)),
-                    rule=self.rule,
-                    name=f" {point!r}",
-                    labels=under_way.labels,
-                    inplace_lr=self.lr,
-                    inplace_weight_decay=self.weight_decay,
-                    group=self.group,
-                    found_inf=self.found_inf,
+        if not cut or under_way.empties is None:
+            return h.detach() if cut else None
+        if under_way.derivative is not None:
+            if torch.compiler.is_compiling() or in_backward():
+                raise ValueError(
+                    "FDFA differentiates in forward mode: no torch.compile and no activation checkpointing"
                 )
-            )
-        return h.detach() if cut else None
+            B = getattr(self.feedback, feedback_name(point))
+            empties, flow = perturbed_point(h, B, under_way.derivative, f" {point!r}")
+            under_way.empties.extend(empties)
+            return flow
+        under_way.empties.extend(self.empties_of(point, h, under_way.labels))
+        return h.detach()
+
+    def empties_of(self, point: str, h: Tensor, labels: Labels | None) -> tuple[Tensor, ...]:
+        """What takes the error to the point's h_l in the backward pass."""
+        feedback = getattr(self.feedback, feedback_name(point))
+        if RULES[self.rule].head:
+            return head_point(h, feedback, cast(Labels, labels), RULES[self.rule].sent is readout_error)
+        return feedback_point(
+            features_last(h, self.feature_dims.get(point, -1), self.positions),
+            feedback,
+            rule=self.rule,
+            name=f" {point!r}",
+            labels=labels,
+            inplace_lr=self.lr,
+            inplace_weight_decay=self.weight_decay,
+            group=self.group,
+            found_inf=self.found_inf,
+        )
 
     def replace_backward(self, name: str, layer: nn.Module, inputs: tuple, named: dict, out: Any) -> Any:
         under_way = self.current_pass()
@@ -175,6 +195,8 @@ class DirectFeedback(nn.Module):
         loss: by which LAS learns its readouts, of logits and target, a mean; by default cross-entropy. The factor by
             which the training loss is scaled, as when it is divided for gradient accumulation, is found in each
             backward pass and need not be in it. Not for torch.compile.
+        head: for HEAD and LOCAL, makes a point's head from an h_l and K: a module that maps h_l to logits, the classes
+            last; by default `feedback.heads.mlp_head`. A batch norm in it is not to track statistics.
         init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
         group: the process group over which B in place is averaged; by default all ranks, if there are several.
@@ -213,6 +235,7 @@ class DirectFeedback(nn.Module):
         feedback_weight_decay: float | None = None,
         loss: Loss | None = None,
         init: Callable[[Tensor], Any] | None = None,
+        head: MakeHead | None = None,
         group: Any = None,
         classes: int | None = None,
         missing: str = "refuse",
@@ -224,7 +247,7 @@ class DirectFeedback(nn.Module):
                 "the example has a 'target', which is the wrapper's own keyword: pass the model's by position"
             )
         rates = feedback_lr, feedback_weight_decay
-        checks.check_options(model, points, rule, update, *rates, positions, missing, loss)
+        checks.check_options(model, points, rule, update, *rates, positions, missing, loss, head, init)
         self.model = model
         self.points = tuple(points)
         self.rule = rule
@@ -254,12 +277,15 @@ class DirectFeedback(nn.Module):
                 out = out.new_empty(len(out), classes)
             checks.check_logits(out, class_dim)
             self.class_dim = -1 if class_dim is None else class_dim
-            self.positions = hooks.positions = positions or (None if out.dim() == 2 else "own")
+            whole = out.dim() == 2 or RULES[rule].head  # a head sees all of h_l
+            self.positions = hooks.positions = positions or (None if whole else "own")
             self._classes = out.shape[self.class_dim]
             if positions == "own" and out.dim() == 2:
                 raise ValueError('positions is "own", expected "pooled" or None: the logits (N, K) have no positions')
             checks.check_shapes(self.points, activations, len(out))
             by_point = dict(zip(self.points, activations, strict=True))
+            if RULES[rule].perturbs and self.positions is not None:
+                raise ValueError(f"the logits {tuple(out.shape)} have positions, expected (N, K) for rule {rule}")
             if self.positions is not None:
                 hooks.feature_dims = feature_dims(by_point, out, self.positions, class_dim, feature_dim)
             if not (allow_skips or RULES[rule].chained):
@@ -274,7 +300,11 @@ class DirectFeedback(nn.Module):
                 self._handles.append(layer.register_forward_hook(replace, prepend=True, with_kwargs=True))
                 for matrix, weight in weights.items():
                     self._add_feedback(matrix, len(weight), weight.detach(), init_of(layer, init))
-            if not RULES[rule].chained:
+            if RULES[rule].head:
+                for point, h in by_point.items():
+                    made = (head or mlp_head)(h, self._classes).to(device=h.device, dtype=h.dtype)
+                    self.feedback.add_module(feedback_name(point), made)
+            elif not RULES[rule].chained:
                 for point, h in by_point.items():
                     seen = h if self.positions is None else h.movedim(hooks.feature_dims[point], -1).flatten(0, -2)
                     self._add_feedback(point, self._classes, seen, init or nn.init.kaiming_uniform_)
@@ -323,7 +353,8 @@ class DirectFeedback(nn.Module):
     def matrices(self) -> list[Tensor]:
         """Every feedback matrix: (K, *h_l.shape[1:]) in the order of `points`; for FA and KP as each layer's weight.
 
-        Their names are those of `net.feedback.named_parameters()` or `.named_buffers()`. Empty for BP.
+        Where heads stand in for them, the heads' parameters. Their names are those of `net.feedback.named_parameters()`
+        or `.named_buffers()`. Empty for BP.
         """
         return [*self.feedback.parameters(), *self.feedback.buffers()]
 
@@ -388,22 +419,35 @@ class DirectFeedback(nn.Module):
         if not torch.compiler.is_compiling():
             self._hooks.last = None  # with its labels
         labels = self.labels_of(target)
-        out, empties = self.forward_with_empties(labels, *inputs, **named)
-        logits = logits_in(out, self._logits)
-        checks.check_logits(logits, self.class_dim)
-        if labels is not None:
-            shape = logits.movedim(self.class_dim, -1).shape
-            checks.check_labels(labels, shape)
-            labels.positions[:] = shape[1:-1]
+        derivative: list[Tensor] | None = [] if rule.perturbs else None
+        with contextlib.nullcontext() if derivative is None else forward_ad.dual_level():
+            out, empties = self.forward_with_empties(labels, derivative, *inputs, **named)
+            logits = logits_in(out, self._logits)
+            if derivative is not None:
+                derivative.append(forward_ad.unpack_dual(logits).tangent.detach())
+        routed = self.route(logits, empties, labels)
         if out is not logits:
             check_other_outputs(out, logits)
-        routed = broadcast_error(logits, empties, self.class_dim, labels)
         if self.update == "inplace":
             checks.refuse_float16(routed)
             if not (self._seen_error or torch.compiler.is_compiling() or is_capturing(routed)):  # reads e back: once
                 routed.register_hook(checks.refuse_large)
                 self._seen_error = True
         return with_logits(out, self._logits, routed)
+
+    def route(self, logits: Tensor, empties: Sequence[Tensor], labels: Labels | None) -> Tensor:
+        """The logits, whose error goes to the points' empties in the backward pass."""
+        checks.check_logits(logits, self.class_dim)
+        if labels is not None:
+            shape = logits.movedim(self.class_dim, -1).shape
+            checks.check_labels(labels, shape)
+            labels.positions[:] = shape[1:-1]
+        return broadcast_error(logits, empties, self.class_dim, labels)
+
+    def head_empties(self, activations: Sequence[Tensor], labels: Labels) -> list[Tensor]:
+        """The empties of each point's h_l that its head makes."""
+        made = (self._hooks.empties_of(point, h, labels) for point, h in zip(self.points, activations, strict=True))
+        return [empty for empties in made for empty in empties]
 
     def labels_of(self, target: Tensor | None) -> Labels | None:
         """The labels of a batch, for a rule that reads them.
@@ -420,10 +464,16 @@ class DirectFeedback(nn.Module):
         dtype = torch.promote_types(self.matrices()[0].dtype, torch.float32)
         return labels_of(target, self._classes, dtype, self.class_dim, self.loss)
 
-    def forward_with_empties(self, labels: Labels | None, /, *inputs: Any, **named: Any) -> tuple[Any, list[Tensor]]:
-        """Return the model's output by a direct rule, and the points' empties, whose gradient is to be e."""
+    def forward_with_empties(
+        self, labels: Labels | None, derivative: list[Tensor] | None, /, *inputs: Any, **named: Any
+    ) -> tuple[Any, list[Tensor]]:
+        """Return the model's output by a direct rule, and the points' empties, whose gradient is to be e.
+
+        FDFA's perturbations need a `dual_level`, and `derivative`, a list, gets that of the logits from the caller.
+        """
         empties: list[Tensor] = []
-        return self._run(_Pass(cut=True, taps={}, empties=empties, labels=labels), inputs, named), empties
+        under_way = _Pass(cut=True, taps={}, empties=empties, labels=labels, derivative=derivative)
+        return self._run(under_way, inputs, named), empties
 
     def tapped_forward(self, example: Any, cut: bool) -> tuple[Tensor, list[Tensor]]:
         """Run the model on an input as the example; return its logits and each point's h_l.
@@ -447,7 +497,7 @@ class DirectFeedback(nn.Module):
             self._hooks.under_way = None
             if eager:
                 _Hooks.running -= 1
-        unchanged = RULES[self.rule].learns
+        unchanged = RULES[self.rule].correlated is not None
         checks.check_taps(self.points, under_way.taps, unchanged=unchanged, missing=missing or self.missing)
         return out
 

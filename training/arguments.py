@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from feedback import RULES, UPDATES, learned_rules
+from feedback.heads import HEAD_POOL, HEAD_WIDTH
 from training.checkpoint import CONTENT, TRAINED, find_checkpoint, load_checkpoint
 
 SCHEDULES = ("constant", "one-cycle")
@@ -125,9 +126,9 @@ def add_common_arguments(
     rule = parser.add_argument_group("rule and B").add_argument
     rule("--train-mode", type=str.upper, choices=RULES, default="DKP", help="learning rule (default: DKP)")
     learned = " or ".join(learned_rules())
-    rule(
-        "--b-update", choices=UPDATES, help=f"{learned}: B learns by Adam or in the backward pass (default: optimizer)"
-    )
+    in_place_rules = " or ".join(name for name, r in RULES.items() if r.in_place)
+    b_update = f"{in_place_rules}: B learns by Adam or in the backward pass (default: optimizer)"
+    rule("--b-update", choices=UPDATES, help=b_update)
     in_place = "in place lr / (1 - momentum)"
     rule("--b-lr", type=nonnegative_float, help=f"{learned}: learning rate of B (original: {b_lr:g}; {in_place})")
     rule("--b-wd", type=nonnegative_float, help=f"{learned}: weight decay of B (original: {b_wd:g})")
@@ -138,6 +139,12 @@ def add_common_arguments(
         metavar="X",
         help=f"factor on B's random start, 0: B starts at zero (original: {b_scale:g} for {learned}, else 1)",
     )
+    heads = " or ".join(name for name, r in RULES.items() if r.head)
+    rule(
+        "--head-width", type=positive_int, metavar="N", help=f"{heads}: features within a head (default: {HEAD_WIDTH})"
+    )
+    pooled = f"{heads}: a head averages a feature map to NxN first (default: {HEAD_POOL})"
+    rule("--head-pool", type=positive_int, metavar="N", help=pooled)
     parser.feedback_defaults = {"b_lr": b_lr, "b_wd": b_wd, "gamma": gamma}
     parser.learned_b_scale = b_scale
 
@@ -278,8 +285,16 @@ def parse_run_arguments(
             if getattr(args, key) is not None:
                 why = "B is trained as W is" if rule.as_weight else "B is not trained"
                 parser.error(f"{flag(key)} needs --train-mode {' or '.join(learned_rules())}, got {rule.name}: {why}")
-    if not rule.has_feedback and args.b_scale is not None:
+    has_matrices = rule.has_feedback and not rule.head
+    if not has_matrices and args.b_scale is not None:
         parser.error(f"--b-scale does not go with --train-mode {rule.name}: there is no B")
-    if rule.has_feedback and args.b_scale is None:
+    if args.b_update == "inplace" and not rule.in_place:
+        parser.error(f"--b-update: {rule.name} learns by Adam alone")
+    for key, default in (("head_width", HEAD_WIDTH), ("head_pool", HEAD_POOL)):
+        if rule.head:
+            setattr(args, key, getattr(args, key) or default)
+        elif getattr(args, key) is not None:
+            parser.error(f"{flag(key)} does not go with --train-mode {rule.name}: there are no heads")
+    if has_matrices and args.b_scale is None:
         args.b_scale = parser.learned_b_scale if rule.learns else 1.0
     return args, checkpoint

@@ -3,6 +3,7 @@
 import math
 from argparse import Namespace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feedback import RULES, DirectFeedback
+from feedback.heads import mlp_head
 from models import Net
 from training.distributed import world_size
 
@@ -26,9 +28,11 @@ def wrap(args: Namespace, model: Net, example: Tensor) -> DirectFeedback:
         inplace = {"update": "inplace", "feedback_lr": args.b_lr, "feedback_weight_decay": args.b_wd}
         if world_size() > 1 and args.pipeline_stages is None:  # its sums do not stand in line with W's gradients
             inplace["group"] = dist.new_group(timeout=timedelta(seconds=args.dist_timeout))
-    net = DirectFeedback(model, model.points, args.train_mode, example, **inplace)
-    for matrix in net.feedback.state_dict().values():
-        matrix.mul_(args.b_scale)
+    head = partial(mlp_head, width=args.head_width, pool=args.head_pool) if RULES[args.train_mode].head else None
+    net = DirectFeedback(model, model.points, args.train_mode, example, head=head, **inplace)
+    if args.b_scale is not None:
+        for matrix in net.feedback.state_dict().values():
+            matrix.mul_(args.b_scale)
     return net
 
 

@@ -31,6 +31,8 @@ class Rule:
         layerwise: B has the shape of each layer's weight, and carries the error through that layer.
         as_weight: B gets the gradient of the weight and belongs into its optimiser (layerwise rules only).
         needs_target: `sent` or `correlated` reads the labels.
+        perturbs: B learns from a random perturbation of the points' outputs in the forward pass.
+        head: a small net at each point stands in for B; `sent` and `correlated` say which errors it takes.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Rule:
     layerwise: bool = False
     as_weight: bool = False
     needs_target: bool = False
+    perturbs: bool = False
+    head: bool = False
 
     @property
     def chained(self) -> bool:
@@ -47,8 +51,13 @@ class Rule:
 
     @property
     def learns(self) -> bool:
-        """Whether B is learned at the points, by an optimiser of its own or in place."""
-        return self.correlated is not None
+        """Whether B, or a head, is learned at the points, by an optimiser of its own or in place."""
+        return self.correlated is not None or self.perturbs
+
+    @property
+    def in_place(self) -> bool:
+        """Whether B may be stepped in the backward pass."""
+        return self.correlated is not None and not self.head
 
     @property
     def has_feedback(self) -> bool:

@@ -1,0 +1,149 @@
+"""HEAD and LOCAL: each block's signal through a head of its own, against blocks and heads run one by one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from feedback import DirectFeedback, alignment
+from feedback.heads import mlp_head
+
+both = pytest.mark.parametrize("rule", ["HEAD", "LOCAL"])
+POINTS = ["0", "1", "2"]
+
+
+def data(images=5):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(images, 2, 9, 9, generator=generator, dtype=torch.float64), torch.arange(images) % 3
+
+
+def blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 5, 3), nn.Tanh()),
+        nn.Sequential(nn.Flatten(), nn.Linear(125, 6), nn.Tanh()),
+        nn.Linear(6, 3),
+    ).double()
+
+
+def wrap(rule, **options):
+    model = blocks()
+    torch.manual_seed(1)
+    return DirectFeedback(model, POINTS, rule, data()[0][:2], **options)
+
+
+def reference(net, x, y, loss_fn=F.cross_entropy):
+    """Gradients of the model's parameters and of the heads', each block and head run by itself."""
+    model = copy.deepcopy(net).unwrap()
+    logits = model(x).detach().requires_grad_()
+    (error,) = torch.autograd.grad(loss_fn(logits, y), logits)
+    model, flow = blocks(), x
+    of_model, of_heads = [], []
+    for block, head in zip(model[:-1], net.feedback.children(), strict=True):
+        head = copy.deepcopy(head)
+        h = block(flow)
+        leaf = h.detach().requires_grad_()
+        z = head(leaf)
+        own = torch.autograd.grad(loss_fn(z, y), z, retain_graph=True)[0]
+        (signal,) = torch.autograd.grad(z, leaf, error if net.rule == "HEAD" else own, retain_graph=True)
+        of_heads += torch.autograd.grad(z, [*head.parameters()], own)
+        of_model += torch.autograd.grad(h, [*block.parameters()], signal)
+        flow = h.detach()
+    return [*of_model, *torch.autograd.grad(loss_fn(model[-1](flow), y), [*model[-1].parameters()])], of_heads
+
+
+def assert_gradients(net, of_model, of_heads):
+    for parameters, expected in ((net.model.parameters(), of_model), (net.feedback.parameters(), of_heads)):
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+
+
+@both
+def test_gradients_equal_those_of_blocks_and_heads_run_by_themselves(rule):
+    net, (x, y) = wrap(rule), data()
+    expected = reference(net, x, y)
+    F.cross_entropy(net(x, target=y), y).backward()
+    assert_gradients(net, *expected)
+
+
+@both
+def test_the_heads_of_another_loss(rule):
+    net, (x, _) = wrap(rule, loss=F.mse_loss), data()
+    target = torch.randn(5, 3, dtype=torch.float64)
+    expected = reference(net, x, target, F.mse_loss)
+    (F.mse_loss(net(x, target=target), target) / 4).backward()
+    assert_gradients(net, *([gradient / 4 for gradient in gradients] for gradients in expected))
+
+
+def linear_head(h, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(h[0].numel(), classes, bias=False))
+
+
+def test_a_linear_head_is_las():
+    head, las = wrap("HEAD", head=linear_head), wrap("LAS")
+    for made, B in zip(head.feedback.children(), las.matrices(), strict=True):
+        B.data.copy_(made[1].weight.data.view_as(B))
+    x, y = data()
+    for net in (head, las):
+        F.cross_entropy(net(x, target=y), y).backward()
+    for one, other in zip(head.parameters(), las.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad.view_as(one.grad))
+
+
+def test_the_heads_by_default():
+    with torch.random.fork_rng():
+        conv, linear = mlp_head(torch.zeros(2, 4, 30, 5), 10), mlp_head(torch.zeros(2, 20), 10)
+    assert [type(module).__name__ for module in conv][:2] == ["AdaptiveAvgPool2d", "Flatten"]
+    assert conv[2].weight.shape == (128, 4 * 7 * 5) and linear[0].weight.shape == (128, 20)
+    assert conv[-1].weight.shape == (10, 128) == linear[-1].weight.shape
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\), expected \(N, D\) or \(N, C, H, W\): give a head"):
+        mlp_head(torch.zeros(2, 3, 4), 10)
+
+
+@both
+def test_heads_of_nets_whose_logits_have_positions(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 5), nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, 3)).double()
+    x, y = torch.arange(12).view(2, 6) % 9, torch.arange(12).view(2, 6) % 3
+    net = DirectFeedback(model, ["0", "1"], rule, x, head=lambda h, classes: nn.Linear(h.shape[-1], classes))
+    logits = net(x, target=y)
+    F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+    h = model[0].weight[x].detach().requires_grad_()
+    z = nn.functional.linear(h, *net.feedback.get_submodule("0").parameters())
+    error = (logits.detach().softmax(-1) - F.one_hot(y, 3)) / 12 if rule == "HEAD" else None
+    own = torch.autograd.grad(F.cross_entropy(z.flatten(0, 1), y.flatten()), z, retain_graph=True)[0]
+    (signal,) = torch.autograd.grad(z, h, own if error is None else error)
+    expected = torch.zeros_like(model[0].weight).index_add(0, x.flatten(), signal.flatten(0, 1))
+    torch.testing.assert_close(model[0].weight.grad, expected)
+
+
+@both
+def test_angles(rule):
+    net, (x, y) = wrap(rule), data()
+    angles = alignment(net, x, y)
+    F.cross_entropy(net(x, target=y), y).backward()
+    bare = blocks()
+    F.cross_entropy(bare(x), y).backward()
+    for name, parameter in bare.named_parameters():
+        got = net.model.get_parameter(name).grad.flatten()
+        expected = F.cosine_similarity(got, parameter.grad.flatten(), dim=0).clamp(-1, 1).acos().rad2deg()
+        if name != "0.0.bias":
+            assert angles[name]["parameter_deg"] == pytest.approx(expected.item(), abs=0.05)
+    assert all(0 < angles[point]["alignment_deg"] < 180 for point in POINTS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        ("DKP", {"head": linear_head}, r"head goes with \['HEAD', 'LOCAL'\], got rule 'DKP'"),
+        ("HEAD", {"update": "inplace", "feedback_lr": 0.1}, r"needs a rule of \['DKP', 'LAS'\], got 'HEAD'"),
+        ("LOCAL", {"positions": "pooled"}, "no positions"),
+        ("HEAD", {"init": nn.init.zeros_}, "no init"),
+    ],
+)
+def test_what_heads_have_not_is_refused(rule, options, message):
+    with pytest.raises(ValueError, match=message):
+        wrap(rule, **options)
