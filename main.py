@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedback import DirectFeedback
+from feedback import RULES, DirectFeedback
 from models import ConvNet
 from training.arguments import Parser, add_common_arguments, advice, parse_run_arguments, positive_int
 from training.batches import Data, whole_images
@@ -82,9 +82,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[Namespace, dict[str, Any] |
     args.epochs = 1 if args.dry_run else args.epochs
     if args.cuda_graph and (args.no_cuda or not torch.cuda.is_available()):
         parser.error("--cuda-graph needs a GPU" + (", and got --no-cuda" if args.no_cuda else ", and there is none"))
-    if args.fc_norm and args.batch_size == 1:
-        parser.error("--batch-size: got 1, expected 2 or more for --fc-norm: a batch norm compares images")
+    if args.batch_size < least_images(args):
+        why = "for --fc-norm and for heads: a batch norm compares images"
+        parser.error(f"--batch-size: got {args.batch_size}, expected {least_images(args)} or more {why}")
     return args, checkpoint, parser
+
+
+def least_images(args: Namespace) -> int:
+    """Images that a training step needs: a batch norm behind a linear layer cannot train on one."""
+    return 2 if args.fc_norm or RULES[args.train_mode].head else 1
 
 
 def train(
@@ -175,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.validation is not None:
             images = images.hold_out(args.validation)
         args.dataset = images.name
-        options: dict[str, Any] = {"least": 2 if args.fc_norm else 1}  # a batch norm in fc1 cannot train on one image
+        options: dict[str, Any] = {"least": least_images(args)}
         options["limit"] = 1 if args.dry_run and not args.evaluate else None
         data = whole_images(images, args.batch_size, args.test_batch_size, args.seed, PROBE_IMAGES, **options)
         name = f"{args.dataset}-{args.train_mode}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -128,6 +128,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error(f"--start-epoch: got {args.start_epoch}, expected less than --epochs {args.epochs}")
     if args.compile_mode is not None and not args.compile:
         parser.error("--compile-mode needs --compile")
+    if args.compile and RULES[args.train_mode].perturbs:
+        parser.error(f"--compile does not go with --train-mode {args.train_mode}: forward-mode differentiation")
     if args.compile_mode == "reduce-overhead" and args.b_update == "inplace":
         parser.error(
             "--compile-mode reduce-overhead does not go with --b-update inplace: its graphs may not write to B"

@@ -71,8 +71,8 @@ def convnet_stages(mode: str) -> list[list[Changes]]:
     """What a search of CIFAR-10's net tries, from the original's settings: ten runs for each rule.
 
     Learning rate and schedule of W first, with and without --fc-norm; then the learning rate, schedule, decay and start
-    of B where those are its own, or the heads' learning rate, schedule and shape, else more of W's, and B's start; last,
-    one step of W's learning rate beyond the edge of what was tried.
+    of B where those are its own, or the learning rate, schedule and shape of heads, else more of W's, and B's start;
+    last, one step of W's learning rate beyond the edge of what was tried.
     """
     beyond: list[Changes] = [{"--lr": {"BP": "0.05", "DKP": "0.001", "LAS": "0.02"}.get(mode, "0.03")}]
     one_cycle: Changes = {"--schedule": "one-cycle"}

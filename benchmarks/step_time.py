@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.raw import MEASURED, write_raw
-from feedback import DirectFeedback
+from feedback import RULES, DirectFeedback
 from models import AlexNet, ConvNet, Net
 from training.arguments import positive_int
 from training.machine import hardware, reuse_memory
@@ -46,6 +46,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or No
     "DFA": {"rule": "DFA"},
     "DKP optimizer": {"rule": "DKP"},
     "DKP inplace": {"rule": "DKP", "update": "inplace", "feedback_lr": 5e-3, "feedback_weight_decay": 1e-6},
+    "LAS": {"rule": "LAS"},
+    "HEAD": {"rule": "HEAD"},
+    "LOCAL": {"rule": "LOCAL"},
+    "FDFA": {"rule": "FDFA"},
+    "FA": {"rule": "FA"},
+    "KP": {"rule": "KP"},
 }
 # many nets of one class are compiled here, told apart by their hooks
 DYNAMO: dict[str, Any] = {"skip_nnmodule_hook_guards": False, "cache_size_limit": 64}
@@ -115,17 +121,23 @@ def make_step(cell: Cell, variant: str, way: tuple[str, str, str], device: torch
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.to(memory_format=torch.channels_last)
     kind: dict[str, Any] = {"fused": fused, "weight_decay": 1e-6}
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(model.parameters(), 5e-4, 0.9, nesterov=True, **kind)]
     options = VARIANTS[variant]
     net: nn.Module = model
+    weights, learned = list(model.parameters()), list[nn.Parameter]()
     if options is not None:
         net = DirectFeedback(model, model.points, example=x[:1], **options)
-        if variant == "DKP optimizer":
-            capturable = execution in CAPTURED
-            optimizers.append(torch.optim.Adam(net.feedback.parameters(), 1e-4, capturable=capturable, **kind))
+        learned = [B for B in net.feedback.parameters() if B.requires_grad]
+        if RULES[net.rule].as_weight:
+            weights, learned = weights + learned, []
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(weights, 5e-4, 0.9, nesterov=True, **kind)]
+    if learned:
+        optimizers.append(torch.optim.Adam(learned, 1e-4, capturable=execution in CAPTURED, **kind))
     if execution == "compiled":
         net.compile()
-    forward = floor_forward(model) if variant == "floor" else lambda x, y: ([F.cross_entropy(net(x), y)], [None])
+    target = {} if options is None else {"target": y}
+    forward = (
+        floor_forward(model) if variant == "floor" else lambda x, y: ([F.cross_entropy(net(x, **target), y)], [None])
+    )
     if execution == "graph-streams" and variant != "BP":
         on_side_streams(model)
 

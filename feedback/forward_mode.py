@@ -1,7 +1,7 @@
 """Forward-mode differentiation at the points: how the logits change with a random perturbation of every h_l.
 
 In the training forward pass each h_l flows on as a dual number, and u_l ~ N(0, 1) is added to its tangent. The tangent
-of the logits is then jvp = sum over l of dlogits/dh_l u_l, and its product with u_l has the mean dlogits/dh_l (Bacho, Chu
+of the logits is then jvp = sum over l of dlogits/dh_l u_l. The mean of its product with u_l is dlogits/dh_l (Bacho, Chu
 2024).
 
     grad_B_l = B_l - mean over the images of jvp^T u_l      (K, D_l); B_l follows the mean Jacobian

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from feedback.checks import shape_of
 from feedback.labels import Labels
+from feedback.layout import as_rows, is_channels_last
 
 HEAD_WIDTH, HEAD_POOL = 128, 7
 MakeHead = Callable[[Tensor, int], nn.Module]  # (an h_l, K) to its head
@@ -51,10 +54,36 @@ def head_point(h: Tensor, head: nn.Module, labels: Labels, own_error: bool) -> t
         own_error: send the head's own error to `h` instead of the network's.
     """
     if own_error:
-        return (OwnError.apply(head(h), labels),)
-    fixed = {name: tensor.detach() for name, tensor in head.named_parameters()}
-    fixed |= {name: tensor.clone() for name, tensor in head.named_buffers()}
-    return functional_call(head, fixed, h), OwnError.apply(head(h.detach()), labels)
+        return (OwnError.apply(checked(head(h), h, labels), labels),)
+    first, rest = before_parameters(head)
+    seen = first(h)
+    fixed = {name: tensor.detach() for name, tensor in rest.named_parameters()}
+    fixed |= {name: tensor.clone() for name, tensor in rest.named_buffers()}
+    return checked(functional_call(rest, fixed, seen), h, labels), OwnError.apply(rest(seen.detach()), labels)
+
+
+def checked(z: Any, h: Tensor, labels: Labels) -> Tensor:
+    """Return a head's logits; raise ValueError unless they are (N, ..., K)."""
+    if not isinstance(z, Tensor) or z.dim() < 2 or (z.shape[0], z.shape[-1]) != (len(h), labels.classes):
+        raise ValueError(f"a head returns {shape_of(z)}, expected ({len(h)}, ..., {labels.classes}): classes last")
+    return z
+
+
+def before_parameters(head: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The modules that a head begins with and that have no parameters or buffers, as pooling, and the rest."""
+    if not isinstance(head, nn.Sequential):
+        return nn.Identity(), head
+    states = [bool(module.state_dict()) for module in head]
+    first = states.index(True) if any(states) else len(states)
+    return head[:first], head[first:]
+
+
+class WholeMap(nn.Conv2d):
+    """A Linear from a whole feature map (N, C, H, W) to (N, D), in the map's own memory order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels_last = is_channels_last(x)
+        return F.linear(as_rows(x, channels_last), as_rows(self.weight, channels_last), self.bias)
 
 
 def mlp_head(h: Tensor, classes: int, width: int = HEAD_WIDTH, pool: int = HEAD_POOL) -> nn.Sequential:
@@ -68,13 +97,12 @@ def mlp_head(h: Tensor, classes: int, width: int = HEAD_WIDTH, pool: int = HEAD_
     Raises:
         ValueError: an h_l of other dimensions.
     """
-    first: list[nn.Module] = []
     if h.dim() == 4:
-        sides = tuple(min(pool, size) for size in h.shape[2:])
-        first = [nn.AdaptiveAvgPool2d(sides), nn.Flatten()]
-    elif h.dim() != 2:
+        sides = min(pool, h.shape[2]), min(pool, h.shape[3])
+        first = [nn.AdaptiveAvgPool2d(sides), WholeMap(h.shape[1], width, sides)]
+    elif h.dim() == 2:
+        first = [nn.Linear(h.shape[1], width)]
+    else:
         raise ValueError(f"a point returns {tuple(h.shape)}, expected (N, D) or (N, C, H, W): give a head of your own")
-    with torch.no_grad():
-        features = nn.Sequential(*first)(h[:1]).shape[1]
     norm = nn.BatchNorm1d(width, track_running_stats=False)  # it is never asked in eval mode
-    return nn.Sequential(*first, nn.Linear(features, width), norm, nn.ReLU(), nn.Linear(width, classes))
+    return nn.Sequential(*first, norm, nn.ReLU(), nn.Linear(width, classes))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedback.heads import MakeHead
 from feedback.layout import is_channels_last
 from feedback.rules import RULES
 from feedback.state import untouched
@@ -119,8 +120,8 @@ class Pipeline:
     Args:
         parts: of the whole net, one for each process, each mapping one Tensor to one; the last gives logits (N, K).
             From `parts_of`, or the stage modules of `torch.distributed.pipelining.pipeline`.
-        points, rule, update, feedback_lr, feedback_weight_decay, init, allow_skips: as in `DirectFeedback`, for the
-            whole net. Each part needs a point, and all but the last part have nothing that learns behind their last.
+        points, rule, update, feedback_lr, feedback_weight_decay, init, head, allow_skips: as in `DirectFeedback`, for
+            the whole net. Each part needs a point, and all but the last part have nothing that learns behind their last.
         example: a batch for the whole net. It runs through all the parts, so that each process learns the shapes.
         group: the processes, in the order of the stages; by default all.
         replicas: the processes that train the same stage on other images and average its gradients; by default none.
@@ -149,6 +150,7 @@ class Pipeline:
         feedback_lr: float | None = None,
         feedback_weight_decay: float | None = None,
         init: Callable[[Tensor], Any] | None = None,
+        head: MakeHead | None = None,
         group: Any = None,
         replicas: Any = None,
         autocast: torch.dtype | None = None,
@@ -198,6 +200,7 @@ class Pipeline:
                 feedback_lr=feedback_lr,
                 feedback_weight_decay=feedback_weight_decay,
                 init=init,
+                head=head,
                 group=step_group,
                 allow_skips=allow_skips,
                 classes=None if number == self.stages - 1 else self.logits.shape[1],

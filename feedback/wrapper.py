@@ -284,8 +284,9 @@ class DirectFeedback(nn.Module):
                 raise ValueError('positions is "own", expected "pooled" or None: the logits (N, K) have no positions')
             checks.check_shapes(self.points, activations, len(out))
             by_point = dict(zip(self.points, activations, strict=True))
-            if RULES[rule].perturbs and self.positions is not None:
-                raise ValueError(f"the logits {tuple(out.shape)} have positions, expected (N, K) for rule {rule}")
+            if out.dim() > 2 and (RULES[rule].perturbs or (RULES[rule].head and head is None)):
+                own = ", or a head of your own" if RULES[rule].head else ""
+                raise ValueError(f"the logits {tuple(out.shape)} have positions, expected (N, K) for rule {rule}{own}")
             if self.positions is not None:
                 hooks.feature_dims = feature_dims(by_point, out, self.positions, class_dim, feature_dim)
             if not (allow_skips or RULES[rule].chained):
@@ -303,6 +304,8 @@ class DirectFeedback(nn.Module):
             if RULES[rule].head:
                 for point, h in by_point.items():
                     made = (head or mlp_head)(h, self._classes).to(device=h.device, dtype=h.dtype)
+                    if is_channels_last(h):
+                        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                     self.feedback.add_module(feedback_name(point), made)
             elif not RULES[rule].chained:
                 for point, h in by_point.items():

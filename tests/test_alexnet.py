@@ -69,7 +69,7 @@ def test_the_originals_command_line_parses(alexnet):
         ("-e", "needs --resume"),
         ("--start-epoch 90", "expected less than --epochs 90"),
         ("--pretrained", "unrecognized"),
-        ("--train-mode BP --gamma 0.5", "needs --train-mode DKP or LAS, got BP"),
+        ("--train-mode BP --gamma 0.5", "needs --train-mode DKP, LAS, FDFA, HEAD or LOCAL, got BP"),
         ("--resume nowhere", "there is no nowhere"),
         ("--mode DFA", "did you mean --train-mode?"),
         ("--save-mode", "did you mean --save-model?"),

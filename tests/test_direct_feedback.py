@@ -168,9 +168,9 @@ def test_inplace_update_equals_sgd_step_for_step():
 class InputGradientCounter(TorchDispatchMode):
     """Count the operators of a backward pass that compute a gradient with respect to a layer's input."""
 
-    def __init__(self, net):
+    def __init__(self, model):
         super().__init__()
-        linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
         self.linear_weights = {module.weight.data_ptr() for module in linear}
         self.convolution_backwards = self.convolution_inputs = self.linear_inputs = 0
 
@@ -188,7 +188,7 @@ def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
     net = make(rule, **options)
     x, y = data()
     loss = F.cross_entropy(net(x, target=y), y)
-    with InputGradientCounter(net) as counter:
+    with InputGradientCounter(net.model) as counter:
         loss.backward()
     assert counter.convolution_backwards == 2
     # BP, and FA and KP through B: all layers but the first, whose input is data
@@ -267,7 +267,8 @@ def test_channels_last_equals_contiguous(rule, options, converted):
     if converted == "after":
         net = net.to(memory_format=torch.channels_last)
     got = step(net, x.to(memory_format=torch.channels_last), y)
-    assert next(iter(net.feedback.state_dict().values())).is_contiguous(memory_format=torch.channels_last)
+    kept = [B.is_contiguous(memory_format=torch.channels_last) for B in net.matrices() if B.dim() == 4]
+    assert all(kept) and bool(kept) != RULES[rule].head
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
@@ -327,7 +328,7 @@ def test_compiles_without_a_graph_break(rule, options):
     twin = copy.deepcopy(net)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for seed in range(10 if options else 2):  # more learning rates than the compiler recompiles for
-        if options:
+        if net.update == "inplace":
             net.feedback_lr = twin.feedback_lr = 0.1 * 0.8**seed
         x, y = data(8, torch.float32, seed)
         expected = step(twin, x, y)
@@ -366,7 +367,7 @@ def test_state_dict_round_trip_into_a_fresh_object(rule, options, tmp_path):
     got, expected = step(fresh, x, y), step(net, x, y)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     in_state = [name for name in net.state_dict() if name.startswith("feedback.")]
-    assert len(in_state) == (0 if rule == "BP" else 3)
+    assert len(in_state) == {"BP": 0, "HEAD": 12, "LOCAL": 12}.get(rule, 3)
 
 
 @each()
@@ -608,8 +609,8 @@ def test_a_rule_of_ones_own_is_a_line_in_the_registry(monkeypatch):
     torch.testing.assert_close(grads["HALF"][name], grads["DFA"][name] / 2)
 
 
-def test_matrices_lists_b_of_every_rule():
-    shapes = {rule: [tuple(B.shape) for B in make(rule).matrices()] for rule in RULES}
+def test_matrices_lists_b_of_every_rule_that_has_matrices():
+    shapes = {rule: [tuple(B.shape) for B in make(rule).matrices()] for rule in RULES if not RULES[rule].head}
     assert shapes.pop("BP") == []
     layers = shapes.pop("FA")
     assert layers == shapes.pop("KP") and layers

@@ -716,7 +716,10 @@ def test_bad_values_are_refused(run, capsys, flags):
 @pytest.mark.parametrize("mode", ["BP", "FA", "KP", "DFA"])
 def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag):
     assert_refused(
-        capsys, lambda: run("--train-mode", mode, *flag), flag[0], f"needs --train-mode DKP or LAS, got {mode}"
+        capsys,
+        lambda: run("--train-mode", mode, *flag),
+        flag[0],
+        f"needs --train-mode DKP, LAS, FDFA, HEAD or LOCAL, got {mode}",
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from variants import IN_PLACE
+from variants import BY_PRODUCTS, IN_PLACE, VARIANTS, each
 
 from feedback import RULES, DirectFeedback, alignment, direct_feedback
 from feedback.labels import labels_of
@@ -173,7 +173,7 @@ def reference(net, x, target, loss_fn):
 
 @nets
 @pytest.mark.parametrize("kind", ["ids", "probabilities"])
-@pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].chained])
+@pytest.mark.parametrize("rule", BY_PRODUCTS)
 def test_every_gradient_equals_that_of_blocks_run_by_themselves(make, case, rule, kind):
     net, x = wrap(make, case, rule)
     assert all(B.shape[0] == K and B.dim() == 2 for B in net.matrices())
@@ -261,17 +261,18 @@ def test_the_factor_of_a_scaled_loss_is_exact_however_small_the_error(margin):
     assert labels.scale_of(error, logits).item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_accumulated_halves_equal_the_whole_by_every_direct_rule():
-    for rule in RULES:
-        if not RULES[rule].chained:
-            whole, x = wrap(classifier, IMAGES | {"positions": "pooled"}, rule)
-            halves, _ = wrap(classifier, IMAGES | {"positions": "pooled"}, rule)
-            x, y = torch.cat([x, -x]), torch.tensor([0, 1, 2, 3, 0, 1])
-            F.cross_entropy(whole(x, target=y), y).backward()
-            for part, labels in zip(x.split(3), y.split(3), strict=True):
-                (F.cross_entropy(halves(part, target=labels), labels) / 2).backward()
-            for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
-                torch.testing.assert_close(one.grad, other.grad)
+@each(*(name for name, (rule, _) in VARIANTS.items() if RULES[rule].sent and "inplace" not in name))
+def test_accumulated_halves_equal_the_whole(rule, options):
+    options = options or {"positions": "pooled"}
+    whole, x = wrap(classifier, IMAGES | options, rule)
+    halves, _ = wrap(classifier, IMAGES | options, rule)
+    halves.load_state_dict(whole.state_dict())
+    x, y = torch.cat([x, -x]), torch.tensor([0, 1, 2, 3, 0, 1])
+    F.cross_entropy(whole(x, target=y), y).backward()
+    for part, labels in zip(x.split(3), y.split(3), strict=True):
+        (F.cross_entropy(halves(part, target=labels), labels) / 2).backward()
+    for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_lengths_and_sizes_may_change_where_b_has_no_positions():

@@ -5,10 +5,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from feedback import DirectFeedback
+from feedback import RULES, DirectFeedback
 
 IN_PLACE = {"update": "inplace", "feedback_lr": 0.1, "feedback_weight_decay": 0.01}
+
+
+def small_head(h, classes):
+    """A head without batch norm, so that several ranks, or micro-batches, do as one does."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(h[0].numel(), 4), nn.Tanh(), nn.Linear(4, classes))
+
+
 VARIANTS = {  # name: rule and options of DirectFeedback
     "BP": ("BP", {}),
     "FA": ("FA", {}),
@@ -19,7 +27,10 @@ VARIANTS = {  # name: rule and options of DirectFeedback
     "LAS-optimizer": ("LAS", {}),
     "LAS-inplace": ("LAS", IN_PLACE),
     "DRTP": ("DRTP", {}),
+    "HEAD": ("HEAD", {"head": small_head}),
+    "LOCAL": ("LOCAL", {"head": small_head}),
 }
+BY_PRODUCTS = [name for name, rule in RULES.items() if rule.sent and not (rule.head or rule.perturbs)]  # of e and B, h
 
 
 def each(*names):

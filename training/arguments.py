@@ -6,11 +6,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from feedback import RULES, UPDATES, learned_rules
+from feedback import RULES, UPDATES, Rule
 from feedback.heads import HEAD_POOL, HEAD_WIDTH
 from training.checkpoint import CONTENT, TRAINED, find_checkpoint, load_checkpoint
 
@@ -125,9 +125,8 @@ def add_common_arguments(
 
     rule = parser.add_argument_group("rule and B").add_argument
     rule("--train-mode", type=str.upper, choices=RULES, default="DKP", help="learning rule (default: DKP)")
-    learned = " or ".join(learned_rules())
-    in_place_rules = " or ".join(name for name, r in RULES.items() if r.in_place)
-    b_update = f"{in_place_rules}: B learns by Adam or in the backward pass (default: optimizer)"
+    learned, heads = rules(lambda rule: rule.learns), rules(lambda rule: rule.head)
+    b_update = f"{rules(lambda rule: rule.in_place)}: B learns by Adam or in the backward pass (default: optimizer)"
     rule("--b-update", choices=UPDATES, help=b_update)
     in_place = "in place lr / (1 - momentum)"
     rule("--b-lr", type=nonnegative_float, help=f"{learned}: learning rate of B (original: {b_lr:g}; {in_place})")
@@ -139,12 +138,9 @@ def add_common_arguments(
         metavar="X",
         help=f"factor on B's random start, 0: B starts at zero (original: {b_scale:g} for {learned}, else 1)",
     )
-    heads = " or ".join(name for name, r in RULES.items() if r.head)
-    rule(
-        "--head-width", type=positive_int, metavar="N", help=f"{heads}: features within a head (default: {HEAD_WIDTH})"
-    )
-    pooled = f"{heads}: a head averages a feature map to NxN first (default: {HEAD_POOL})"
-    rule("--head-pool", type=positive_int, metavar="N", help=pooled)
+    width, pool = f"features within a head (default: {HEAD_WIDTH})", f"pool feature maps to NxN (default: {HEAD_POOL})"
+    rule("--head-width", type=positive_int, metavar="N", help=f"{heads}: {width}")
+    rule("--head-pool", type=positive_int, metavar="N", help=f"{heads}: {pool}")
     parser.feedback_defaults = {"b_lr": b_lr, "b_wd": b_wd, "gamma": gamma}
     parser.learned_b_scale = b_scale
 
@@ -225,6 +221,41 @@ def check_kept(parser: Parser, kept: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path} is damaged: it has {str(value)[:50]!r} for {flag(key)}")
 
 
+def rules(of: Callable[[Rule], bool]) -> str:
+    """The names of the rules that `of` takes, in a sentence."""
+    *names, last = (name for name, rule in RULES.items() if of(rule))
+    return f"{', '.join(names)} or {last}"
+
+
+def complete_rule(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse the flags that the rule of `args` has no use for, and set those of B or heads that are not given."""
+    rule, learned = RULES[args.train_mode], rules(lambda rule: rule.learns)
+    if rule.learns:
+        args.b_update = args.b_update or "optimizer"
+        defaults = dict(parser.feedback_defaults)
+        if args.b_update == "inplace":
+            if not rule.in_place:
+                parser.error(f"--b-update inplace needs {rules(lambda rule: rule.in_place)}, got {rule.name}")
+            defaults["b_lr"] = kolen_pollack_lr(args)
+    else:
+        defaults = {}
+        for key in ("b_update", *parser.feedback_defaults):
+            if getattr(args, key) is not None:
+                why = "B is trained as W is" if rule.as_weight else "B is not trained"
+                parser.error(f"{flag(key)} needs --train-mode {learned}, got {rule.name}: {why}")
+    if rule.head:
+        defaults |= {"head_width": HEAD_WIDTH, "head_pool": HEAD_POOL}
+    elif args.head_width is not None or args.head_pool is not None:
+        parser.error(f"--head-width and --head-pool need {rules(lambda rule: rule.head)}, got {rule.name}: no heads")
+    if rule.has_feedback and not rule.head:
+        defaults["b_scale"] = parser.learned_b_scale if rule.learns else 1.0
+    elif args.b_scale is not None:
+        parser.error(f"--b-scale does not go with --train-mode {rule.name}: there is no B")
+    for key, default in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, default)
+
+
 def parse_run_arguments(
     parser: Parser, argv: Sequence[str], model: str, fixed: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
@@ -271,30 +302,5 @@ def parse_run_arguments(
         parser.error(f"{uses[0]} needs --resume: the trained net")
     else:
         warn_of_the_original(parser, args, model)
-    rule = RULES[args.train_mode]
-    if rule.learns:
-        args.b_update = args.b_update or "optimizer"
-        defaults = dict(parser.feedback_defaults)
-        if args.b_update == "inplace":
-            defaults["b_lr"] = kolen_pollack_lr(args)
-        for key, default in defaults.items():
-            if getattr(args, key) is None:
-                setattr(args, key, default)
-    else:
-        for key in ("b_update", *parser.feedback_defaults):
-            if getattr(args, key) is not None:
-                why = "B is trained as W is" if rule.as_weight else "B is not trained"
-                parser.error(f"{flag(key)} needs --train-mode {' or '.join(learned_rules())}, got {rule.name}: {why}")
-    has_matrices = rule.has_feedback and not rule.head
-    if not has_matrices and args.b_scale is not None:
-        parser.error(f"--b-scale does not go with --train-mode {rule.name}: there is no B")
-    if args.b_update == "inplace" and not rule.in_place:
-        parser.error(f"--b-update: {rule.name} learns by Adam alone")
-    for key, default in (("head_width", HEAD_WIDTH), ("head_pool", HEAD_POOL)):
-        if rule.head:
-            setattr(args, key, getattr(args, key) or default)
-        elif getattr(args, key) is not None:
-            parser.error(f"{flag(key)} does not go with --train-mode {rule.name}: there are no heads")
-    if has_matrices and args.b_scale is None:
-        args.b_scale = parser.learned_b_scale if rule.learns else 1.0
+    complete_rule(parser, args)
     return args, checkpoint

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feedback import RULES, DirectFeedback
-from feedback.heads import mlp_head
+from feedback.heads import MakeHead, mlp_head
 from models import Net
 from training.distributed import world_size
 
@@ -28,12 +28,16 @@ def wrap(args: Namespace, model: Net, example: Tensor) -> DirectFeedback:
         inplace = {"update": "inplace", "feedback_lr": args.b_lr, "feedback_weight_decay": args.b_wd}
         if world_size() > 1 and args.pipeline_stages is None:  # its sums do not stand in line with W's gradients
             inplace["group"] = dist.new_group(timeout=timedelta(seconds=args.dist_timeout))
-    head = partial(mlp_head, width=args.head_width, pool=args.head_pool) if RULES[args.train_mode].head else None
-    net = DirectFeedback(model, model.points, args.train_mode, example, head=head, **inplace)
+    net = DirectFeedback(model, model.points, args.train_mode, example, head=head_of(args), **inplace)
     if args.b_scale is not None:
         for matrix in net.feedback.state_dict().values():
             matrix.mul_(args.b_scale)
     return net
+
+
+def head_of(args: Namespace) -> MakeHead | None:
+    """What makes a point's head by the arguments, for a rule that has heads."""
+    return partial(mlp_head, width=args.head_width, pool=args.head_pool) if RULES[args.train_mode].head else None
 
 
 def autocast(args: Namespace, device: torch.device) -> torch.autocast:

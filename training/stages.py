@@ -18,7 +18,7 @@ from feedback import DirectFeedback
 from feedback.checks import feedback_name
 from feedback.pipeline import Pipeline, balanced_cuts, costs_of, parts_of
 from training.distributed import rank, share_among, world_size
-from training.optim import autocast
+from training.optim import autocast, head_of
 
 
 class Stages:
@@ -65,12 +65,14 @@ class Stages:
             group=mesh["stage"].get_group(),
             replicas=replicas,
             autocast=torch.bfloat16 if args.precision == "bf16" else None,
+            head=head_of(args),
             **inplace,
         )
         owners = {name: number for number, part in enumerate(parts) for name, _ in part.named_children()}
         self.owner = {f"model.{name}.": number for name, number in owners.items()}
         self.owner |= {f"feedback.{feedback_name(point)}.": owners[point.partition(".")[0]] for point in net.points}
-        for name in self.pipeline.net.feedback.state_dict():  # its B is the whole net's
+        for name in dict.fromkeys(key.partition(".")[0] for key in self.pipeline.net.feedback.state_dict()):
+            # its B, or head, is the whole net's
             setattr(self.pipeline.net.feedback, name, getattr(net.feedback, name))
         blocks = [[name for name, _ in part.named_children()] for part in parts]
         shares = [sum(costs[0][name] for name in names) / sum(costs[0].values()) for names in blocks]
