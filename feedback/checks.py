@@ -14,7 +14,7 @@ POSITIONS = (None, "own", "pooled")
 MISSING = ("refuse", "skip")
 LARGE_ERROR = 4.0  # at a logit
 MODES = "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
-FORWARD_MODE = "FDFA differentiates in forward mode, expected no torch.compile and no activation checkpointing"
+FORWARD_MODE = "FDFA differentiates in forward mode, which torch.compile does not take: run it eagerly"
 BARE = (
     "the model is called without its wrapper, in training and with gradients, and would learn by backpropagation: call"
     " the wrapper. To have the bare model, take net.unwrap(), net.eval() or torch.no_grad()"

@@ -121,7 +121,7 @@ class Pipeline:
         parts: of the whole net, one for each process, each mapping one Tensor to one; the last gives logits (N, K).
             From `parts_of`, or the stage modules of `torch.distributed.pipelining.pipeline`.
         points, rule, update, feedback_lr, feedback_weight_decay, init, head, allow_skips: as in `DirectFeedback`, for
-            the whole net. Each part needs a point, and all but the last part have nothing that learns behind their last.
+            the whole net. Each part needs a point, and all but the last have nothing that learns behind their last one.
         example: a batch for the whole net. It runs through all the parts, so that each process learns the shapes.
         group: the processes, in the order of the stages; by default all.
         replicas: the processes that train the same stage on other images and average its gradients; by default none.

@@ -113,10 +113,8 @@ class _Hooks:
         if not cut or under_way.empties is None:
             return h.detach() if cut else None
         if under_way.derivative is not None:
-            if torch.compiler.is_compiling() or in_backward():
-                raise ValueError(
-                    "FDFA differentiates in forward mode: no torch.compile and no activation checkpointing"
-                )
+            if torch.compiler.is_compiling():
+                raise ValueError(checks.FORWARD_MODE)
             B = getattr(self.feedback, feedback_name(point))
             empties, flow = perturbed_point(h, B, under_way.derivative, f" {point!r}")
             under_way.empties.extend(empties)
@@ -464,7 +462,7 @@ class DirectFeedback(nn.Module):
             raise ValueError(
                 f"{self.rule} reads the labels: call net(x, target=y) in training, with y as the loss takes it"
             )
-        dtype = torch.promote_types(self.matrices()[0].dtype, torch.float32)
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         return labels_of(target, self._classes, dtype, self.class_dim, self.loss)
 
     def forward_with_empties(

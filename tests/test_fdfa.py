@@ -1,13 +1,21 @@
 """FDFA: B follows the mean Jacobian, by directional derivatives along random perturbations."""
 
+import copy
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from feedback import DirectFeedback
+from feedback import DirectFeedback, alignment
+
+POINTS = ["0", "1", "2"]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of batch norm
 
 
 def blocks():
+    """Smooth, since the derivative is held against a difference."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh()),
@@ -22,8 +30,20 @@ def data():
     return torch.randn(5, 2, 8, 8, generator=generator, dtype=torch.float64), torch.arange(5) % 3
 
 
-def directional_derivative(model, x, perturbations):
-    """The logits' derivative along the perturbations of the first three blocks' outputs, by the definition."""
+def wrap(rule="FDFA", **options):
+    model = blocks()
+    torch.manual_seed(1)
+    return DirectFeedback(model, POINTS, rule, data()[0][:2], **options)
+
+
+def step(net):
+    x, y = data()
+    torch.manual_seed(2)
+    F.cross_entropy(net(x, target=y), y).backward()
+
+
+def difference(model, x, perturbations):
+    """The logits' derivative along the perturbations of the first three blocks' outputs, by its definition."""
 
     def logits(size):
         h = x
@@ -35,25 +55,141 @@ def directional_derivative(model, x, perturbations):
     return (logits(size) - logits(-size)) / (2 * size)
 
 
-def test_gradients(monkeypatch):
-    net, (x, y) = DirectFeedback(blocks(), ["0", "1", "2"], "FDFA", data()[0]), data()
-    twin = DirectFeedback(blocks(), ["0", "1", "2"], "DFA", data()[0])
-    drawn, randn_like = [], torch.randn_like
+@pytest.fixture
+def drawn(monkeypatch):
+    """The random numbers that a pass takes."""
+    tensors, randn_like = [], torch.randn_like
 
     def note(*args, **named):
-        drawn.append(randn_like(*args, **named))
-        return drawn[-1]
+        tensors.append(randn_like(*args, **named))
+        return tensors[-1]
 
     monkeypatch.setattr(torch, "randn_like", note)
-    for B, other in zip(net.matrices(), twin.matrices(), strict=True):
-        other.copy_(B.detach())
-    for module in (net, twin):
-        F.cross_entropy(module(x, target=y), y).backward()
-    for got, expected in zip(net.model.parameters(), twin.model.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad)
-    assert len(drawn) == 3
+    return tensors
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_b_gets_its_distance_from_the_product_of_the_derivative_and_the_perturbation(drawn, layout):
+    net, (x, y) = wrap(), data()
+    x = x.to(memory_format=layout)
+    if layout == torch.channels_last:
+        net = DirectFeedback(blocks().to(memory_format=layout), POINTS, "FDFA", x[:2])
+    F.cross_entropy(net(x, target=y), y).backward()
+    shapes = [B.shape[1:] for B in net.matrices()]
+    if layout == torch.channels_last:  # drawn as (N, H, W, C)
+        in_order = [(5, *s[1:], *s[:1]) if len(s) == 3 else (5, *s) for s in shapes]
+        perturbations = [u.view(size).movedim(-1, 1) for u, size in zip(drawn, in_order, strict=True)]
+    else:
+        perturbations = [u.view(5, *shape) for u, shape in zip(drawn, shapes, strict=True)]
     with torch.no_grad():
-        perturbations = [u.view(5, *B.shape[1:]) for u, B in zip(drawn, net.matrices(), strict=True)]
-        along = directional_derivative(blocks(), x, perturbations)
-    for u, B in zip(drawn, net.matrices(), strict=True):
-        torch.testing.assert_close(B.grad, B.detach() - (along.T @ u).view_as(B) / 5, atol=1e-6, rtol=1e-6)
+        along = difference(blocks(), x, perturbations)
+    for u, B in zip(perturbations, net.matrices(), strict=True):
+        expected = B.detach() - torch.einsum("nk,n...->k...", along, u) / 5
+        torch.testing.assert_close(B.grad, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_signal_is_that_of_dfa():
+    net, dfa = wrap(), wrap("DFA")
+    assert all(torch.equal(B, other) for B, other in zip(net.matrices(), dfa.matrices(), strict=True))
+    for module in (net, dfa):
+        step(module)
+    for got, expected in zip(net.model.parameters(), dfa.model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+    for got, expected in zip(net.model.buffers(), dfa.model.buffers(), strict=True):
+        torch.testing.assert_close(got, expected)
+    x, y = data()
+    by_rule, by_dfa = alignment(net, x, y), alignment(dfa, x, y)
+    assert by_rule["0"] == pytest.approx(by_dfa["0"]) and by_rule.keys() == by_dfa.keys()
+
+
+def test_the_mean_over_many_perturbations_is_the_jacobian():
+    """Of a linear net, where it is a product of weights; the tolerance is five standard errors of each element."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)).double()
+    net = DirectFeedback(model, ["0", "1"], "FDFA", torch.zeros(2, 3).double())
+    images = 20000
+    F.cross_entropy(net(torch.randn(images, 3).double()), torch.arange(images) % 2).backward()
+    jacobians = [model[2].weight @ model[1].weight, model[2].weight]
+    scale = sum(jacobian.square().sum() for jacobian in jacobians).sqrt()  # of the derivative
+    for B, jacobian in zip(net.matrices(), jacobians, strict=True):
+        assert (B - B.grad - jacobian).abs().max() < 5 * 2**0.5 * scale / images**0.5
+
+
+def test_perturbations_are_random_and_follow_the_seed():
+    nets = [wrap() for _ in range(3)]
+    for net in nets[:2]:
+        step(net)
+    x, y = data()
+    F.cross_entropy(nets[2](x), y).backward()
+    first, same, other = ([B.grad for B in net.matrices()] for net in nets)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_without_learning_it_is_dfa(drawn):
+    net, dfa = wrap(), wrap("DFA")
+    net.feedback.requires_grad_(False)
+    for module in (net, dfa):
+        step(module)
+    assert all(B.grad is None for B in net.matrices())
+    for got, expected in zip(net.model.parameters(), dfa.model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+    net.eval(), net(data()[0])
+    net.train()
+    with torch.no_grad():
+        net(data()[0])
+    assert len(drawn) == len(POINTS)  # those of the one training pass
+
+
+def test_bfloat16_is_near(drawn):
+    nets, (x, y) = [wrap(), wrap().float()], data()
+    step(nets[0])
+    torch.manual_seed(2)
+    numbers = iter(drawn[:3])
+    drawn_again = [u.clone() for u in numbers]
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch, "randn_like", lambda rows, **named: drawn_again.pop(0).to(rows.dtype))
+        loss = F.cross_entropy(nets[1](x.float()), y)
+    loss.backward()
+    for exact, B in zip(*(net.matrices() for net in nets), strict=True):
+        learned = [M.detach().double() - M.grad.double() for M in (exact, B)]
+        assert (learned[1] - learned[0]).norm() < 0.05 * learned[0].norm()
+
+
+def checkpointed():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = blocks()
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+    return Checkpointed()
+
+
+def test_what_forward_mode_does_not_go_with_is_refused():
+    x, y = data()
+    net = DirectFeedback(checkpointed(), ["blocks.0", "blocks.1", "blocks.2"], "FDFA", x[:2])
+    with pytest.raises(CheckpointError):
+        F.cross_entropy(net(x), y).backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(wrap(), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"which torch\.compile does not take"):
+        compiled(x)
+    with pytest.raises(ValueError, match=r"needs a rule of \['DKP', 'LAS'\], got 'FDFA'"):
+        wrap(update="inplace", feedback_lr=0.1)
+    tokens = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"\(2, 5, 2\) have positions, expected \(N, K\) for rule FDFA"):
+        DirectFeedback(tokens, ["0"], "FDFA", torch.zeros(2, 5, 3))
+
+
+def test_a_deep_copy_learns_alike():
+    net = wrap()
+    twin = copy.deepcopy(net)
+    for module in (net, twin):
+        step(module)
+    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)

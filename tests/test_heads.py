@@ -37,10 +37,9 @@ def wrap(rule, **options):
 
 def reference(net, x, y, loss_fn=F.cross_entropy):
     """Gradients of the model's parameters and of the heads', each block and head run by itself."""
-    model = copy.deepcopy(net).unwrap()
+    model, flow = copy.deepcopy(net.model), x
     logits = model(x).detach().requires_grad_()
     (error,) = torch.autograd.grad(loss_fn(logits, y), logits)
-    model, flow = blocks(), x
     of_model, of_heads = [], []
     for block, head in zip(model[:-1], net.feedback.children(), strict=True):
         head = copy.deepcopy(head)
@@ -147,3 +146,86 @@ def test_angles(rule):
 def test_what_heads_have_not_is_refused(rule, options, message):
     with pytest.raises(ValueError, match=message):
         wrap(rule, **options)
+
+
+def gradients_of_blocks(net):
+    return [parameter.grad for name, parameter in net.model.named_parameters() if not name.startswith("3.")]
+
+
+@both
+def test_only_by_the_networks_error_does_a_block_hear_of_the_blocks_above(rule):
+    grads = []
+    for factor in (1, 2):
+        net, (x, y) = wrap(rule), data()
+        with torch.no_grad():
+            net.model[3].weight.mul_(factor)
+        F.cross_entropy(net(x, target=y), y).backward()
+        grads.append(gradients_of_blocks(net))
+    same = [torch.equal(one, other) for one, other in zip(*grads, strict=True)]
+    assert all(same) if rule == "LOCAL" else not any(same)
+
+
+@both
+def test_the_default_heads_compile_without_a_graph_break(rule):
+    torch._dynamo.reset()
+    net, (x, y) = wrap(rule), data()
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for module in (compiled, twin):
+        F.cross_entropy(module(x, target=y), y).backward()
+    for got, expected in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+
+
+@both
+def test_the_default_heads_in_channels_last(rule):
+    nets, (x, y) = [wrap(rule)], data()
+    model = blocks().to(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    nets.append(DirectFeedback(model, POINTS, rule, x.to(memory_format=torch.channels_last)))
+    assert nets[1].feedback.get_submodule("0")[1].weight.is_contiguous(memory_format=torch.channels_last)
+    for net, layout in zip(nets, (torch.contiguous_format, torch.channels_last), strict=True):
+        F.cross_entropy(net(x.to(memory_format=layout), target=y), y).backward()
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@both
+def test_the_default_heads_in_bfloat16_err_as_plain_autograd_does(rule):
+    net, (x, y) = wrap(rule), data(16)
+    exact = [gradient for gradients in reference(net, x, y) for gradient in gradients]
+    net, x = net.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = [gradient for gradients in reference(net, x, y) for gradient in gradients]
+        loss = F.cross_entropy(net(x, target=y), y)
+    loss.backward()
+    got = [parameter.grad for parameter in (*net.model.parameters(), *net.feedback.parameters())]
+    exact, plain, got = (torch.cat([g.flatten().double() for g in gradients]) for gradients in (exact, plain, got))
+    assert (got - exact).norm() <= 2 * (plain - exact).norm()
+    assert (plain - exact).norm() < 0.2 * exact.norm()
+
+
+def test_no_statistics_are_tracked_in_the_default_heads():
+    net, (x, y) = wrap("HEAD"), data()
+    before = copy.deepcopy(net.feedback.state_dict())
+    net(x, target=y)
+    assert before and all(torch.equal(before[key], value) for key, value in net.feedback.state_dict().items())
+
+
+def pooled(h, classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@both
+def test_a_head_that_returns_other_than_logits_is_refused(rule):
+    model, (x, y) = nn.Sequential(*blocks()[:2], nn.Flatten(), nn.Linear(125, 3)).double(), data()
+    net = DirectFeedback(model, ["0", "1"], rule, x, head=pooled)
+    with pytest.raises(ValueError, match=r"a head returns \(5, 4\), expected \(5, ..., 3\): classes last"):
+        net(x, target=y)
+
+
+@both
+def test_logits_with_positions_need_a_head_of_ones_own(rule):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 3, 1))
+    with pytest.raises(ValueError, match=r"\(2, 3, 6, 6\) have positions, expected \(N, K\) for rule .*own"):
+        DirectFeedback(model, ["0"], rule, torch.zeros(2, 3, 8, 8), class_dim=1)

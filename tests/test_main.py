@@ -33,6 +33,9 @@ MODES = {
     "DKP-inplace": ["--train-mode", "DKP", "--b-update", "inplace"],
     "LAS-optimizer": ["--train-mode", "LAS"],
     "LAS-inplace": ["--train-mode", "LAS", "--b-update", "inplace"],
+    "FDFA": ["--train-mode", "FDFA"],
+    "HEAD": ["--train-mode", "HEAD", "--head-width", "4", "--head-pool", "2"],
+    "LOCAL": ["--train-mode", "LOCAL"],
     "DRTP": ["--train-mode", "DRTP"],
 }
 RESUMED = MODES | {"one-cycle": ["--schedule", "one-cycle", "--fc-norm"]}
@@ -320,7 +323,8 @@ def test_weights_that_blew_up_are_not_saved(run, tmp_path, capsys):
 @each_mode
 def test_a_run_that_diverges_is_stopped_by_every_rule_and_keeps_its_last_good_state(run, mode, tmp_path, capsys):
     """With a learning rate of 1 and no norm in fc1 no rule trains; every loss stays finite."""
-    assert run(*mode, "--epochs", 1, "--batch-size", 1) == 0
+    few = 2 if RULES[mode[1]].head else 1
+    assert run(*mode, "--epochs", 1, "--batch-size", few) == 0
     good = checkpoint(tmp_path / "run")
     flags = ("--epochs", 30, "--lr", 1, *(("--b-lr", 1) if "DKP" in mode or "LAS" in mode else ()))
     assert run("--resume", tmp_path / "run", *flags) == DIVERGED
