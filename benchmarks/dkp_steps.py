@@ -12,6 +12,8 @@ Each run's metrics.csv lies in runs/cifar10-dkp-steps/NAME.
 """
 
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -62,20 +64,25 @@ def run(argv: list[str] | None = None) -> int:
     """Train what is not trained yet; print a table of the last epochs."""
     parser = Parser(prog="benchmarks/dkp_steps.py", description=__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="folder where data are found (default: ./data)")
+    parser.add_argument("--quick", action="store_true", help="one step of each, no files: to see that it runs")
     args, flags = parser.parse_known_args(argv)
+    held_out = "16" if args.quick else "5000"
+    flags += ["--data", args.data, "--validation", held_out, *(["--dry-run"] if args.quick else ())]
     RULES[RULE] = normalised_rule()
     print("| B's steps | held-out accuracy, % | training loss |\n|---|---|---|")
-    for name, settings in VARIANTS.items():
-        main.learning_rates = learning_rates if name == "recipe" else tied_rates
-        if not read_metrics(FOLDER / name):
-            status = main.main(
-                [*settings, "--data", args.data, "--validation", "5000", "--out", str(FOLDER / name), *flags]
+    with tempfile.TemporaryDirectory() if args.quick else nullcontext(FOLDER) as folder:
+        for name, settings in VARIANTS.items():
+            main.learning_rates = learning_rates if name == "recipe" else tied_rates
+            out = Path(folder) / name
+            if not read_metrics(out):
+                status = main.main([*settings, "--out", str(out), *flags])
+                if status:
+                    print(f"| {name} | ended with status {status} | |", flush=True)
+                    continue
+            last = read_metrics(out)[-1]
+            print(
+                f"| {name} | {float(last['validation_accuracy']):.2f} | {float(last['train_loss']):.4f} |", flush=True
             )
-            if status:
-                print(f"| {name} | ended with status {status} | |", flush=True)
-                continue
-        last = read_metrics(FOLDER / name)[-1]
-        print(f"| {name} | {float(last['validation_accuracy']):.2f} | {float(last['train_loss']):.4f} |", flush=True)
     return 0
 
 

@@ -6,7 +6,7 @@ round by round, so that a ratio is of steps that ran seconds apart. For each net
 
     BP              the bare model in plain PyTorch
     floor           forward and weight gradients only; the learning signals at the points are given for nothing
-    DFA, DKP        `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
+    DFA, DKP, ...   `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
 
 With `--device cuda` every step runs eager, compiled and captured as a CUDA graph; `--executions graph-streams` is a
 graph with each block on a stream of its own, where its backward may run beside those of others. BP, whose blocks wait
@@ -73,7 +73,9 @@ class Cell(NamedTuple):
         return (ConvNet, 32, 10) if self.net == "ConvNet" else (AlexNet, 224, 100)
 
 
-def cells(device: torch.device, quick: bool, nets: Sequence[str], executions: Sequence[str]) -> list[Cell]:
+def cells(
+    device: torch.device, quick: bool, nets: Sequence[str], batches: Sequence[int] | None, executions: Sequence[str]
+) -> list[Cell]:
     """What to time on `device`: on a CPU, both memory formats; on CUDA, precisions and executions, in channels_last."""
     if device.type == "cpu":
         ways = [("contiguous", "fp32", "eager"), ("channels_last", "fp32", "eager")]
@@ -81,7 +83,8 @@ def cells(device: torch.device, quick: bool, nets: Sequence[str], executions: Se
     else:
         ways = list(itertools.product(["channels_last"], ["fp32", "bf16"], executions))
         sizes = [("ConvNet", 64), ("ConvNet", 512), ("AlexNet", 256)]
-    sizes = sizes[:1] if quick else [size for size in sizes if size[0] in nets]
+    sizes = [(net, batch) for net, batch in sizes if net in nets and batch in (batches or [batch])]
+    sizes = sizes[:1] if quick else sizes
     return [Cell(net, 2 if quick else batch, ways) for net, batch in sizes]
 
 
@@ -261,7 +264,12 @@ def quartiles(values: list[float]) -> list[float]:
 
 def measure(cell: Cell, device: torch.device, rounds: int, bar: tqdm) -> Iterator[dict[str, Any]]:
     """Time every variant of a cell in every way, `rounds` times in random order; yield a row for each."""
-    steps = {(way, variant): make_step(cell, variant, way, device) for way in cell.ways for variant in VARIANTS}
+    steps = {
+        (way, variant): make_step(cell, variant, way, device)
+        for way in cell.ways
+        for variant in VARIANTS
+        if way[2] != "compiled" or variant != "FDFA"  # forward-mode differentiation does not compile
+    }
     memory = {}
     for key, step in steps.items():
         warm_up(step, device)
@@ -306,22 +314,23 @@ def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     shown = [variant for variant in VARIANTS if variant != "floor"]
-    looks = dict(zip(shown, (("0.25", ""), ("0.55", "//"), ("0.75", ".."), ("0.92", "xx")), strict=True))
+    hatches = ("", "//", "..", "xx", "\\\\", "--", "++", "oo", "**", "||")
+    looks = {v: (f"{0.25 + 0.07 * i:.2f}", hatch) for i, (v, hatch) in enumerate(zip(shown, hatches, strict=True))}
     groups = list(dict.fromkeys((row["net"], row["batch"], row["way"]) for row in rows))
     median = {(row["net"], row["batch"], row["way"], row["variant"]): row["to_BP"][1] for row in rows}
-    figure, axes = plt.subplots(figsize=(max(8, len(groups)), 3.6), dpi=150, layout="constrained")
-    width = 0.2
+    figure, axes = plt.subplots(figsize=(max(8, 2 * len(groups)), 3.6), dpi=150, layout="constrained")
+    width = 0.8 / len(shown)
     for place, group in enumerate(groups):
         for i, variant in enumerate(shown):
             color, hatch = looks[variant]
-            height = median[(*group, variant)]
-            left = place + (i - 1.5) * width
+            height = median.get((*group, variant), 0.0)
+            left = place + (i - (len(shown) - 1) / 2) * width
             label = variant if place == 0 else None
             axes.bar(left, height, width, color=color, hatch=hatch, edgecolor="black", linewidth=0.6, label=label)
-            axes.text(left, height + 0.01, f"{height:.2f}", ha="center", va="bottom", fontsize=6)
+            axes.text(left, height + 0.01, f"{height:.2f}", ha="center", va="bottom", fontsize=5)
         floor = median[(*group, "floor")]
         label = "floor: signals for nothing" if place == 0 else None
-        axes.plot([place - 2 * width, place + 2 * width], [floor, floor], color="black", linestyle="--", label=label)
+        axes.plot([place - 0.4, place + 0.4], [floor, floor], color="black", linestyle="--", label=label)
     axes.set_xticks(
         range(len(groups)), [f"{net} {batch}\n{way.removesuffix(' fp32 eager')}" for net, batch, way in groups]
     )
@@ -340,6 +349,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     nets, executions = ("ConvNet", "AlexNet"), ("eager", "compiled", *CAPTURED)
     parser.add_argument("--nets", nargs="+", choices=nets, default=nets, help="default: both")
+    parser.add_argument("--batches", nargs="+", type=positive_int, help="sizes to keep of 32, 64, 128, 256, 512")
     parser.add_argument("--executions", nargs="+", choices=executions, help="CUDA: default all but graph-streams")
     parser.add_argument("--rounds", type=positive_int, default=60, help="timed steps of each variant (default: 60)")
     parser.add_argument(
@@ -358,7 +368,9 @@ def main() -> None:
     device = torch.device(args.device)
     reuse_memory()
     rounds = 3 if args.quick else args.rounds
-    todo = cells(device, args.quick, args.nets, args.executions or executions[:3])
+    todo = cells(device, args.quick, args.nets, args.batches, args.executions or executions[:3])
+    if not todo:
+        parser.error(f"--batches: no net of {', '.join(args.nets)} has a batch of {args.batches} here")
     rows: list[dict[str, Any]] = []
     total = sum(rounds * len(cell.ways) * len(VARIANTS) for cell in todo)
     with tqdm(total=total, unit="step", leave=False, disable=None) as bar:

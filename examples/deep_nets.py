@@ -5,8 +5,8 @@ Result: docs/results-cifar10.md, deeper nets
 Source: He, Zhang, Ren, Sun 2016; Simonyan, Zisserman 2015, for 32x32 images
 
 The points of the ResNet are every second of its residual blocks, since the skips lead around whatever is within one.
-Those of the VGG are its eight convolutions. Images are flipped at random; SGD with Nesterov momentum, one-cycle, and Adam
-for B or the heads.
+Those of the VGG are its eight convolutions. Images are flipped at random; SGD with Nesterov momentum, one-cycle, and
+Adam for B or the heads.
 """
 
 import argparse

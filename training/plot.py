@@ -39,6 +39,9 @@ STYLES = [
     ("#b03030", (0, (6, 2)), "v"),
     ("#208050", (0, (3, 1, 1, 1, 1, 1)), "X"),
     ("#00a0c0", (0, (1, 3)), "P"),
+    ("#e07000", "-", "*"),
+    ("#70a000", "--", "<"),
+    ("#a040a0", "-.", ">"),
 ]
 
 
@@ -86,6 +89,7 @@ def draw(
     inches: tuple[float, float],
     per_row: int,
     shared: bool = False,
+    minutes: Mapping[str, float] | None = None,
 ) -> None:
     """Draw a panel per column: a curve for each entry of `curves`, and a band of a standard deviation around it.
 
@@ -97,6 +101,7 @@ def draw(
         inches: width and height of the picture, at 100 pixels an inch.
         per_row: panels side by side.
         shared: one scale for all panels.
+        minutes: of an epoch of each curve, where they are to be drawn over time.
     """
     with plt.rc_context({"font.size": 9}):
         rows = -(-len(panels) // per_row)
@@ -118,10 +123,11 @@ def draw(
                 std = np.array([np.std(by_epoch[epoch], ddof=len(by_epoch[epoch]) > 1) for epoch in epochs])
                 shade, line, marker = STYLES[number % len(STYLES)]
                 every = max(1, len(epochs) // 8)
-                axes.plot(epochs, mean, color=shade, linestyle=line, marker=marker, markevery=every, ms=4, label=name)
-                axes.fill_between(epochs, mean - std, mean + std, color=shade, alpha=0.2, linewidth=0)
+                x = [epoch * (1 if minutes is None else minutes[name]) for epoch in epochs]
+                axes.plot(x, mean, color=shade, linestyle=line, marker=marker, markevery=every, ms=4, label=name)
+                axes.fill_between(x, mean - std, mean + std, color=shade, alpha=0.2, linewidth=0)
             axes.set_title(panel.title, fontsize=9)
-            axes.set_xlabel("epoch")
+            axes.set_xlabel("epoch" if minutes is None else "training time, minutes")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             if not shared or place % per_row == 0:
