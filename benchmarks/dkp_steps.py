@@ -24,6 +24,7 @@ import main
 from feedback import RULES, Labels, Rule
 from feedback.rules.rule import output_error
 from training.arguments import Parser
+from training.checkpoint import NAMES
 from training.console import run_script
 from training.machine import REPOSITORY
 from training.optim import learning_rates, one_cycle
@@ -74,8 +75,11 @@ def run(argv: list[str] | None = None) -> int:
         for name, settings in VARIANTS.items():
             main.learning_rates = learning_rates if name == "recipe" else tied_rates
             out = Path(folder) / name
-            if not read_metrics(out):
-                status = main.main([*settings, "--out", str(out), *flags])
+            new = main.parse_arguments([*settings, "--out", str(out), *flags])[0]
+            if len(read_metrics(out)) < new.epochs:
+                begun = (out / NAMES["ConvNet"]).exists()
+                start = ["--resume", str(out)] if begun else [*settings, "--out", str(out), *flags]
+                status = main.main(start)
                 if status:
                     print(f"| {name} | ended with status {status} | |", flush=True)
                     continue

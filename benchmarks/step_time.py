@@ -6,7 +6,8 @@ round by round, so that a ratio is of steps that ran seconds apart. For each net
 
     BP              the bare model in plain PyTorch
     floor           forward and weight gradients only; the learning signals at the points are given for nothing
-    DFA, DKP, ...   `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace)
+    DFA, DKP, ...   `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace),
+                    the others' by Adam, and KP's as the weights
 
 With `--device cuda` every step runs eager, compiled and captured as a CUDA graph; `--executions graph-streams` is a
 graph with each block on a stream of its own, where its backward may run beside those of others. BP, whose blocks wait
@@ -257,6 +258,11 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
+def compiles(variant: str, way: tuple[str, str, str]) -> bool:
+    """Whether a variant can be run in this way: forward-mode differentiation does not compile."""
+    return way[2] != "compiled" or variant != "FDFA"
+
+
 def quartiles(values: list[float]) -> list[float]:
     """The three quartiles; the middle one is the median."""
     return statistics.quantiles(values, n=4, method="inclusive")
@@ -268,7 +274,7 @@ def measure(cell: Cell, device: torch.device, rounds: int, bar: tqdm) -> Iterato
         (way, variant): make_step(cell, variant, way, device)
         for way in cell.ways
         for variant in VARIANTS
-        if way[2] != "compiled" or variant != "FDFA"  # forward-mode differentiation does not compile
+        if compiles(variant, way)
     }
     memory = {}
     for key, step in steps.items():
@@ -372,7 +378,7 @@ def main() -> None:
     if not todo:
         parser.error(f"--batches: no net of {', '.join(args.nets)} has a batch of {args.batches} here")
     rows: list[dict[str, Any]] = []
-    total = sum(rounds * len(cell.ways) * len(VARIANTS) for cell in todo)
+    total = sum(rounds * sum(compiles(variant, way) for way in cell.ways for variant in VARIANTS) for cell in todo)
     with tqdm(total=total, unit="step", leave=False, disable=None) as bar:
         for cell in todo:
             bar.set_description(f"{cell.net} {cell.batch}")

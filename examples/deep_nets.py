@@ -103,7 +103,7 @@ def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     model, points = NETS[name]()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lr, b_lr = RATES[name][rule]
-    lr, b_lr = args.lr or lr, args.b_lr or b_lr
+    lr, b_lr = lr if args.lr is None else args.lr, b_lr if args.b_lr is None else args.b_lr
     net = DirectFeedback(model, points, rule, prepared(images.x_train[:2]))
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, help="of the weights, by SGD")
-    parser.add_argument("--b-lr", type=float, help="of B or the heads, by Adam")
+    parser.add_argument("--b-lr", type=float, help="of B or the heads, by Adam, where the rule has one that learns")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder where CIFAR-10 is found and kept")
     parser.add_argument("--synthetic", action="store_true", help="the built-in set instead, to see that it runs")
     parser.add_argument("--validation", action="store_true", help="hold out 5,000 training images and test on them")

@@ -34,12 +34,12 @@ def alignment(
     A forward and a backward pass by the rule, and both by backpropagation; parameters, `.grad`, B, BatchNorm statistics
     and random numbers are left as they were. The result has a key for each feedback point, with
 
-    - `alignment_deg`: degrees between the rule's signal (e @ B_l, or what FA and KP send down) and dL/dh_l, per sample,
-      averaged over the samples whose two signals are not zero (Lillicrap et al. 2016 use this angle; 90 is chance, 0 is
-      backpropagation). NaN where all are zero, and at a point whose block has nothing to train.
+    - `alignment_deg`: degrees between the rule's signal (e @ B_l, or what FA, KP or a head send down) and dL/dh_l, per
+      sample, averaged over the samples whose two signals are not zero (Lillicrap et al. 2016 use this angle; 90 is
+      chance, 0 is backpropagation). NaN where all are zero, and at a point whose block has nothing to train.
     - `logit_cosine`: the mean cosine between the logits and h_l @ B_l^T, which the original code of DKP logs as
-      "cos_alignment"; not an angle between gradients. NaN for BP, FA and KP, which have no such B. With positions, the
-      readout is taken to those of the logits.
+      "cos_alignment"; not an angle between gradients. NaN for BP, FA, KP, HEAD and LOCAL, which have no such B. With
+      positions, the readout is taken to those of the logits.
 
     and then a key for each trained parameter, by its name in the model, with
 
@@ -62,7 +62,7 @@ def alignment(
 
     def gradients(by_rule: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits, activations, and the gradients of activations and parameters; zeros for one that gets none."""
-        with untouched(net.model), torch.enable_grad():
+        with untouched(net if RULES[net.rule].head else net.model), torch.enable_grad():
             logits, activations = net.tapped_forward(x, cut=by_rule)
             routed = logits
             if by_rule and RULES[net.rule].head:

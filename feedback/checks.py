@@ -15,6 +15,14 @@ MISSING = ("refuse", "skip")
 LARGE_ERROR = 4.0  # at a logit
 MODES = "the wrapper is in eval mode and its model in training mode: call net.train() or net.eval()"
 FORWARD_MODE = "FDFA differentiates in forward mode, which torch.compile does not take: run it eagerly"
+FLOAT16_IN_PLACE = (
+    "the update of B in place got float16, expected float32 or bfloat16: a GradScaler would scale the step. Use"
+    ' bfloat16, or update="optimizer"'
+)
+FLOAT16_FDFA = (
+    "FDFA got float16, expected float32 or bfloat16: its gradient of B does not grow with the loss, so a GradScaler"
+    " would shrink it"
+)
 BARE = (
     "the model is called without its wrapper, in training and with gradients, and would learn by backpropagation: call"
     " the wrapper. To have the bare model, take net.unwrap(), net.eval() or torch.no_grad()"
@@ -37,15 +45,12 @@ def check_point(h: Tensor, feedback: Tensor, batch: int, classes: int, name: str
         )
 
 
-def refuse_float16(x: Tensor) -> None:
-    """Raise ValueError if `x`, or autocast on its device, is float16: a GradScaler would scale B's step in place."""
+def refuse_float16(x: Tensor, message: str) -> None:
+    """Raise ValueError with `message` if `x`, or autocast on its device, is float16, as with a GradScaler."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float16 in (autocast, x.dtype):
-        raise ValueError(
-            "the update of B in place got float16, expected float32 or bfloat16: a GradScaler would scale the step. Use"
-            ' bfloat16, or update="optimizer"'
-        )
+        raise ValueError(message)
 
 
 def refuse_large(error: Tensor) -> None:
@@ -167,6 +172,7 @@ def check_options(
     loss: Any,
     head: Any,
     init: Any,
+    feature_dim: Any,
 ) -> None:
     """Raise ValueError for arguments of `DirectFeedback` that cannot be, before anything is run."""
     if rule not in RULES:
@@ -190,8 +196,10 @@ def check_options(
     has_heads = RULES[rule].head
     if head is not None and not has_heads:
         raise ValueError(f"head goes with {[name for name, r in RULES.items() if r.head]}, got rule {rule!r}")
-    if has_heads and (positions is not None or init is not None):
-        raise ValueError(f"rule {rule} has heads, which take no positions and no init")
+    if has_heads and not (positions is None and init is None and feature_dim is None):
+        raise ValueError(f"rule {rule} has heads, which take no positions, feature_dim or init")
+    if RULES[rule].perturbs and not (positions is None and feature_dim is None):
+        raise ValueError(f"rule {rule} takes no positions and no feature_dim")
     if isinstance(points, str) or not points:
         raise ValueError(f"points is {points!r}, expected a sequence of one or more submodule names")
     modules = dict(model.named_modules(remove_duplicate=False))

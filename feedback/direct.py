@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from feedback.checks import check_labels, check_logits, check_point, refuse_float16
+from feedback.checks import FLOAT16_IN_PLACE, check_labels, check_logits, check_point, refuse_float16
 from feedback.functional import broadcast_error, feedback_point
 from feedback.labels import Loss, labels_of
 from feedback.positions import features_last
@@ -80,7 +80,7 @@ def direct_feedback(
             dtype = torch.float32 if logits.is_cuda else torch.float64
             lr = torch.full((), float(inplace_lr), dtype=dtype, device=logits.device)
         decay = torch.as_tensor(inplace_weight_decay, dtype=torch.float64)
-        refuse_float16(logits)
+        refuse_float16(logits, FLOAT16_IN_PLACE)
     options: dict[str, Any] = {"rule": rule, "labels": labels, "group": group, "found_inf": found_inf}
     empties = [
         empty

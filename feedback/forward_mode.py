@@ -39,8 +39,9 @@ class FollowDerivative(torch.autograd.Function):
         (jvp_NK,) = ctx.derivative
         channels_last = is_channels_last(feedback)
         feedback_KD, u_ND = as_rows(feedback, channels_last), as_rows(u, channels_last)
-        mean_KD = add_correlation(u_ND.new_empty(feedback_KD.shape), jvp_NK.to(u.dtype) / len(u), u_ND)
-        return from_rows(feedback_KD - mean_KD, feedback.shape[1:], channels_last), None, None
+        mean_KD = add_correlation(u_ND.new_empty(feedback_KD.shape), jvp_NK.to(u.dtype) / max(1, len(u)), u_ND)
+        grad_feedback_KD = feedback_KD - mean_KD if len(u) else torch.zeros_like(feedback_KD)
+        return from_rows(grad_feedback_KD, feedback.shape[1:], channels_last), None, None
 
 
 def perturbed_point(
@@ -61,5 +62,6 @@ def perturbed_point(
     empties = feedback_point(primal, feedback.detach(), rule="FDFA", name=name)
     if feedback.requires_grad:
         empties = *empties, FollowDerivative.apply(feedback, u, derivative)
-    moved = u if tangent is None else u + tangent.detach().to(u.dtype)  # a batch norm's tangent is float32 in bfloat16
+    # what flows on may be changed in place, and u is kept; a batch norm's tangent is float32 in bfloat16
+    moved = u.clone() if tangent is None else u + tangent.detach().to(u.dtype)
     return empties, forward_ad.make_dual(primal.detach(), moved)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from feedback import inplace
-from feedback.checks import check_logits, check_point, refuse_float16, shape_of
+from feedback.checks import FLOAT16_IN_PLACE, check_logits, check_point, refuse_float16, shape_of
 from feedback.labels import Labels
 from feedback.layout import as_rows, from_rows, images_at_a_time, is_channels_last
 from feedback.positions import from_positions
@@ -166,12 +166,14 @@ def feedback_point(
         ValueError: as `direct_feedback` does.
     """
     check_point(h, feedback, len(h), len(feedback), name, own=feedback.dim() == 2)
-    if rule not in RULES or RULES[rule].chained:
-        raise ValueError(f"rule is {rule!r}, expected one of {[key for key, r in RULES.items() if not r.chained]}")
+    if rule not in RULES or RULES[rule].chained or RULES[rule].head:
+        direct = [key for key, r in RULES.items() if not (r.chained or r.head)]
+        raise ValueError(f"rule is {rule!r}, expected one of {direct}")
     if (feedback.requires_grad or inplace_lr is not None) and RULES[rule].correlated is None:
-        raise ValueError(f"feedback matrix{name} is to learn, expected it fixed by {rule}")
+        alone = ": `DirectFeedback` alone runs the forward pass by which it learns" if RULES[rule].perturbs else ""
+        raise ValueError(f"feedback matrix{name} is to learn, expected it fixed by {rule}{alone}")
     if inplace_lr is not None:
-        refuse_float16(h)
+        refuse_float16(h, FLOAT16_IN_PLACE)
         if feedback.requires_grad or not (feedback.is_contiguous() or is_channels_last(feedback)):
             raise ValueError(
                 "a feedback matrix is to be updated in place: expected requires_grad=False and contiguous or"

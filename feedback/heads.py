@@ -57,21 +57,29 @@ def head_point(h: Tensor, head: nn.Module, labels: Labels, own_error: bool) -> t
         return (OwnError.apply(checked(head(h), h, labels), labels),)
     first, rest = before_parameters(head)
     seen = first(h)
-    fixed = {name: tensor.detach() for name, tensor in rest.named_parameters()}
-    fixed |= {name: tensor.clone() for name, tensor in rest.named_buffers()}
-    return checked(functional_call(rest, fixed, seen), h, labels), OwnError.apply(rest(seen.detach()), labels)
+    fixed: dict[str, Tensor] = {}
+    for prefix, module in rest.named_modules():  # once each, but with every name of a tied parameter
+        of_module: dict[str, Any] = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        fixed |= {name: parameter.detach() for name, parameter in module.named_parameters(**of_module)}
+        fixed |= {name: buffer.clone() for name, buffer in module.named_buffers(**of_module)}
+    z = checked(functional_call(rest, fixed, seen, tie_weights=False), h, labels)
+    return z, OwnError.apply(rest(seen.detach()), labels)
 
 
 def checked(z: Any, h: Tensor, labels: Labels) -> Tensor:
-    """Return a head's logits; raise ValueError unless they are (N, ..., K)."""
-    if not isinstance(z, Tensor) or z.dim() < 2 or (z.shape[0], z.shape[-1]) != (len(h), labels.classes):
-        raise ValueError(f"a head returns {shape_of(z)}, expected ({len(h)}, ..., {labels.classes}): classes last")
+    """Return a head's logits; raise ValueError unless they are (N, K), or (N, ..., K) as the net's are."""
+    fits = isinstance(z, Tensor) and z.dim() > 1 and (z.shape[0], z.shape[-1]) == (len(h), labels.classes)
+    if not fits or (labels.shares is not None and z.dim() not in (2, labels.shares.dim())):
+        positions = "" if labels.shares is not None and labels.shares.dim() == 2 else "..., "
+        raise ValueError(
+            f"a head returns {shape_of(z)}, expected ({len(h)}, {positions}{labels.classes}): classes last"
+        )
     return z
 
 
 def before_parameters(head: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The modules that a head begins with and that have no parameters or buffers, as pooling, and the rest."""
-    if not isinstance(head, nn.Sequential):
+    """The modules that a plain `nn.Sequential` begins with and that have no parameters or buffers, and the rest."""
+    if type(head) is not nn.Sequential or head._forward_hooks or head._forward_pre_hooks:
         return nn.Identity(), head
     states = [bool(module.state_dict()) for module in head]
     first = states.index(True) if any(states) else len(states)
@@ -104,5 +112,5 @@ def mlp_head(h: Tensor, classes: int, width: int = HEAD_WIDTH, pool: int = HEAD_
         first = [nn.Linear(h.shape[1], width)]
     else:
         raise ValueError(f"a point returns {tuple(h.shape)}, expected (N, D) or (N, C, H, W): give a head of your own")
-    norm = nn.BatchNorm1d(width, track_running_stats=False)  # it is never asked in eval mode
+    norm = nn.BatchNorm1d(width, track_running_stats=False)
     return nn.Sequential(*first, norm, nn.ReLU(), nn.Linear(width, classes))

@@ -1,4 +1,4 @@
-"""What LAS and DRTP make of the labels.
+"""What LAS, DRTP and heads make of the labels.
 
 Shapes: N batch, *P positions of the logits and *Q of what reads the labels, if any; K classes.
 """
@@ -98,15 +98,15 @@ def check_target(target: Any, classes: int, class_dim: int) -> None:
     The ids are looked at on a CPU alone: on CUDA that would be a synchronisation, and the loss checks them there.
     """
     if classes == 1:
-        raise ValueError("the logits have one class, expected two or more: LAS takes other losses with loss=")
+        raise ValueError("the logits have one class, expected two or more: other losses take loss=")
     is_ids = isinstance(target, Tensor) and target.dtype == torch.int64
     has_classes = isinstance(target, Tensor) and target.dim() > 1 and classes in target.shape
     has_classes = has_classes and class_dim in range(-target.dim(), target.dim()) and target.shape[class_dim] == classes
     if not is_ids and not (has_classes and target.is_floating_point()):
         kind = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
         raise ValueError(
-            f"target is {kind}, expected class ids torch.int64, or a probability for each of {classes} classes; LAS"
-            " takes others with loss="
+            f"target is {kind}, expected class ids torch.int64, or a probability for each of {classes} classes;"
+            " others take loss="
         )
     if is_ids and target.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = target[((target < 0) & (target != IGNORED)) | (target >= classes)]

@@ -115,7 +115,8 @@ class Pipeline:
     Once a micro-batch's e is not finite, B in place stays as it is for the rest of the step; what optimisers step is
     the caller's to guard.
 
-    What LAS and DRTP make of the labels is a mean over a micro-batch; as with accumulation, m add up to m times it.
+    What LAS, DRTP and heads make of the labels is a mean over a micro-batch; as with accumulation, m add up to m times
+    it.
 
     Args:
         parts: of the whole net, one for each process, each mapping one Tensor to one; the last gives logits (N, K).

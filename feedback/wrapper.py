@@ -157,14 +157,16 @@ class DirectFeedback(nn.Module):
     autograd. FA and KP go backward layer by layer as BP does, but every convolution, Linear and
     MultiheadAttention whose input needs a gradient has a B of each weight's shape and sends it the error through B;
     there the points only say where angles are measured, and KP's B gets W's gradient, to be stepped as W is.
-    A rule that needs the labels is called as `net(x, target=y)`.
+    A rule that needs the labels is called as `net(x, target=y)`. HEAD and LOCAL have a small net at each point in B's
+    place, and FDFA runs its training pass under `forward_ad.dual_level`, so the model's operations need a forward mode.
 
     DKP and LAS learn B_l in one of two ways. `update="optimizer"` leaves grad_B_l in `.grad` for an optimiser
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
     `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B but, on a GPU, for one point's product at a
     time. In place, each backward pass is a step of B: with gradient accumulation B steps once per micro-batch. A loss
     scaled by a factor scales the step too, and so would a GradScaler: the first backward pass refuses an error as large
-    as one makes it.
+    as one makes it. FDFA and heads learn by `.grad` alone. FDFA's does not depend on the loss: each
+    backward pass adds a whole one.
 
     Logits may have positions, as tokens (N, T, K) or pixels (N, K, H, W). B_l is (K, D) then, for all positions of
     h_l, (N, T, D) or (N, D, H, W), and the error at a position goes to h_l at that position. Where h_l has others, it
@@ -190,11 +192,11 @@ class DirectFeedback(nn.Module):
         feedback_lr: learning rate of B in place; an attribute, free to be changed between steps, compiled, captured or
             not. On a GPU it is a float32 there.
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
-        loss: by which LAS learns its readouts, of logits and target, a mean; by default cross-entropy. The factor by
-            which the training loss is scaled, as when it is divided for gradient accumulation, is found in each
-            backward pass and need not be in it. Not for torch.compile.
+        loss: by which LAS's readouts and heads learn, of logits and target, a mean; by default cross-entropy. The
+            factor by which the training loss is scaled, as when it is divided for gradient accumulation, is found in
+            each backward pass and need not be in it. Not for torch.compile.
         head: for HEAD and LOCAL, makes a point's head from an h_l and K: a module that maps h_l to logits, the classes
-            last; by default `feedback.heads.mlp_head`. A batch norm in it is not to track statistics.
+            last; by default `feedback.heads.mlp_head`.
         init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
         group: the process group over which B in place is averaged; by default all ranks, if there are several.
@@ -206,14 +208,14 @@ class DirectFeedback(nn.Module):
     Attributes:
         feedback: the module that holds every B_l, of shape (K, *h_l.shape[1:]) or (K, D), under its point's name with
             "_" for "."; for FA and KP, of the weight's shape under its layer's name, or a MultiheadAttention's under
-            the weight's.
+            the weight's. For HEAD and LOCAL the head, under the point's name.
 
     Raises:
         ValueError: an unknown rule or update; no points, a point twice, one that does not exist, is not reached,
             is reached twice, returns no Tensor (N, ...), returns the logits, or whose output is changed in place
-            further up (DKP and LAS need it as it was); logits that are not there; options that the rule does not use;
-            unless `allow_skips`, points that a path leads around or from which nothing would learn, and a weight on
-            both sides of a point; for FA and KP, what `feedback.transport.feedback_layers` refuses. In training, a
+            further up (DKP, LAS and heads need it as it was); logits that are not there; options that the rule does not
+            use; unless `allow_skips`, points that a path leads around or from which nothing would learn, and a weight
+            on both sides of a point; for FA and KP, what `feedback.transport.feedback_layers` refuses. In training, a
             model that computes a loss of its logits itself, or is called without its wrapper.
     """
 
@@ -245,7 +247,7 @@ class DirectFeedback(nn.Module):
                 "the example has a 'target', which is the wrapper's own keyword: pass the model's by position"
             )
         rates = feedback_lr, feedback_weight_decay
-        checks.check_options(model, points, rule, update, *rates, positions, missing, loss, head, init)
+        checks.check_options(model, points, rule, update, *rates, positions, missing, loss, head, init, feature_dim)
         self.model = model
         self.points = tuple(points)
         self.rule = rule
@@ -301,7 +303,10 @@ class DirectFeedback(nn.Module):
                     self._add_feedback(matrix, len(weight), weight.detach(), init_of(layer, init))
             if RULES[rule].head:
                 for point, h in by_point.items():
-                    made = (head or mlp_head)(h, self._classes).to(device=h.device, dtype=h.dtype)
+                    made = (head or mlp_head)(h, self._classes)
+                    if not isinstance(made, nn.Module):
+                        raise ValueError(f"head makes {checks.shape_of(made)}, expected a Module for point {point!r}")
+                    made.to(device=h.device, dtype=h.dtype if h.is_floating_point() else None)
                     if is_channels_last(h):
                         made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                     self.feedback.add_module(feedback_name(point), made)
@@ -402,7 +407,7 @@ class DirectFeedback(nn.Module):
         Args:
             inputs, named: the model's, all but `target`.
             target: what the loss takes beside the logits: class ids (N, ...), or -100 to ignore one; or a probability
-                for each logit. LAS and DRTP need it to train; other rules ignore it.
+                for each logit. LAS, DRTP, HEAD and LOCAL need it to train; other rules ignore it.
 
         Raises:
             ValueError: as the class does, and in training without a target that the rule needs.
@@ -425,12 +430,15 @@ class DirectFeedback(nn.Module):
             out, empties = self.forward_with_empties(labels, derivative, *inputs, **named)
             logits = logits_in(out, self._logits)
             if derivative is not None:
-                derivative.append(forward_ad.unpack_dual(logits).tangent.detach())
+                tangent = forward_ad.unpack_dual(logits).tangent  # None if no point was reached
+                derivative.append(torch.zeros_like(logits) if tangent is None else tangent.detach())
         routed = self.route(logits, empties, labels)
         if out is not logits:
             check_other_outputs(out, logits)
+        if rule.perturbs:
+            checks.refuse_float16(routed, checks.FLOAT16_FDFA)
         if self.update == "inplace":
-            checks.refuse_float16(routed)
+            checks.refuse_float16(routed, checks.FLOAT16_IN_PLACE)
             if not (self._seen_error or torch.compiler.is_compiling() or is_capturing(routed)):  # reads e back: once
                 routed.register_hook(checks.refuse_large)
                 self._seen_error = True

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from feedback import DirectFeedback, alignment
+from feedback import DirectFeedback, alignment, direct_feedback
 
 POINTS = ["0", "1", "2"]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of batch norm
@@ -144,9 +144,7 @@ def test_without_learning_it_is_dfa(drawn):
 def test_bfloat16_is_near(drawn):
     nets, (x, y) = [wrap(), wrap().float()], data()
     step(nets[0])
-    torch.manual_seed(2)
-    numbers = iter(drawn[:3])
-    drawn_again = [u.clone() for u in numbers]
+    drawn_again = list(drawn)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(torch, "randn_like", lambda rows, **named: drawn_again.pop(0).to(rows.dtype))
         loss = F.cross_entropy(nets[1](x.float()), y)
@@ -154,6 +152,39 @@ def test_bfloat16_is_near(drawn):
     for exact, B in zip(*(net.matrices() for net in nets), strict=True):
         learned = [M.detach().double() - M.grad.double() for M in (exact, B)]
         assert (learned[1] - learned[0]).norm() < 0.05 * learned[0].norm()
+
+
+def test_an_operation_in_place_behind_a_point():
+    grads = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.ReLU(inplace), nn.Linear(5, 3))
+        net = DirectFeedback(model.double(), ["0", "2"], "FDFA", torch.zeros(2, 4).double())
+        torch.manual_seed(1)
+        F.cross_entropy(net(torch.randn(6, 4).double()), torch.arange(6) % 3).backward()
+        grads.append([parameter.grad for parameter in net.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_a_pass_without_a_point_lets_b_follow_nothing():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.last, self.skip = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 3), False
+
+        def forward(self, x):
+            return self.last(x if self.skip else self.block(x))
+
+    net = DirectFeedback(Skipping(), ["block"], "FDFA", torch.zeros(2, 4), missing="skip")
+    net.model.skip = True
+    F.cross_entropy(net(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    assert net.matrices()[0].grad is None and net.model.last.weight.grad.any()
+
+
+def test_an_empty_batch_moves_no_b():
+    net = DirectFeedback(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), ["1"], "FDFA", torch.zeros(2, 4))
+    net(torch.zeros(0, 4)).sum().backward()
+    assert not net.matrices()[0].grad.any()
 
 
 def checkpointed():
@@ -181,6 +212,16 @@ def test_what_forward_mode_does_not_go_with_is_refused():
         compiled(x)
     with pytest.raises(ValueError, match=r"needs a rule of \['DKP', 'LAS'\], got 'FDFA'"):
         wrap(update="inplace", feedback_lr=0.1)
+    with pytest.raises(ValueError, match="takes no positions and no feature_dim"):
+        wrap(positions="pooled")
+    with (
+        pytest.raises(ValueError, match=r"got float16.*does not grow with the loss"),
+        torch.autocast("cpu", torch.half),
+    ):
+        wrap().float()(x.float())
+    h, B = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="`DirectFeedback` alone runs the forward pass by which it learns"):
+        direct_feedback(torch.randn(5, 3, requires_grad=True), [h], [B], rule="FDFA")
     tokens = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"\(2, 5, 2\) have positions, expected \(N, K\) for rule FDFA"):
         DirectFeedback(tokens, ["0"], "FDFA", torch.zeros(2, 5, 3))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from feedback import DirectFeedback, alignment
+from feedback import DirectFeedback, alignment, direct_feedback
 from feedback.heads import mlp_head
 
 both = pytest.mark.parametrize("rule", ["HEAD", "LOCAL"])
@@ -139,8 +139,9 @@ def test_angles(rule):
     [
         ("DKP", {"head": linear_head}, r"head goes with \['HEAD', 'LOCAL'\], got rule 'DKP'"),
         ("HEAD", {"update": "inplace", "feedback_lr": 0.1}, r"needs a rule of \['DKP', 'LAS'\], got 'HEAD'"),
-        ("LOCAL", {"positions": "pooled"}, "no positions"),
-        ("HEAD", {"init": nn.init.zeros_}, "no init"),
+        ("LOCAL", {"positions": "pooled"}, "no positions, feature_dim or init"),
+        ("HEAD", {"init": nn.init.zeros_}, "no positions, feature_dim or init"),
+        ("HEAD", {"feature_dim": 1}, "no positions, feature_dim or init"),
     ],
 )
 def test_what_heads_have_not_is_refused(rule, options, message):
@@ -220,7 +221,7 @@ def pooled(h, classes):
 def test_a_head_that_returns_other_than_logits_is_refused(rule):
     model, (x, y) = nn.Sequential(*blocks()[:2], nn.Flatten(), nn.Linear(125, 3)).double(), data()
     net = DirectFeedback(model, ["0", "1"], rule, x, head=pooled)
-    with pytest.raises(ValueError, match=r"a head returns \(5, 4\), expected \(5, ..., 3\): classes last"):
+    with pytest.raises(ValueError, match=r"a head returns \(5, 4\), expected \(5, 3\): classes last"):
         net(x, target=y)
 
 
@@ -229,3 +230,89 @@ def test_logits_with_positions_need_a_head_of_ones_own(rule):
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 3, 1))
     with pytest.raises(ValueError, match=r"\(2, 3, 6, 6\) have positions, expected \(N, K\) for rule .*own"):
         DirectFeedback(model, ["0"], rule, torch.zeros(2, 3, 8, 8), class_dim=1)
+
+
+class Scaled(nn.Sequential):
+    def __init__(self, inner):
+        super().__init__(nn.Tanh(), inner)
+
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+def twice(features, classes):
+    layer = nn.Linear(features, features)
+    return nn.Sequential(nn.Flatten(), layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(features, classes))
+
+
+def tied(features, classes):
+    made = twice(features, classes)
+    made[3] = nn.Linear(features, features)
+    made[3].weight = made[1].weight
+    return made
+
+
+def hooked(features, classes):
+    made = nn.Sequential(nn.Flatten(), nn.Linear(features, classes))
+    made.register_forward_hook(lambda module, inputs, z: 3 * z)
+    return made
+
+
+HEADS = {
+    "a module used twice": twice,
+    "tied weights": tied,
+    "a Sequential with a forward of its own": lambda features, classes: nn.Sequential(
+        nn.Flatten(), Scaled(nn.Linear(features, classes))
+    ),
+    "the same, as the head": lambda features, classes: Scaled(
+        nn.Sequential(nn.Flatten(), nn.Linear(features, classes))
+    ),
+    "a hook on the head": hooked,
+    "statistics": lambda features, classes: nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(features), nn.Linear(features, classes)
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize("make_head", HEADS.values(), ids=HEADS)
+def test_any_head(rule, make_head):
+    net, (x, y) = wrap(rule, head=lambda h, classes: make_head(h[0].numel(), classes)), data()
+    expected = reference(net, x, y)
+    for _ in range(2):
+        net.zero_grad()
+        F.cross_entropy(net(x, target=y), y).backward()
+        assert all(isinstance(parameter, nn.Parameter) for parameter in net.feedback.parameters())
+        assert_gradients(net, *expected)
+    for buffer in net.feedback.buffers():
+        if not buffer.is_floating_point():
+            assert buffer == 2  # batches tracked
+
+
+def test_measuring_angles_leaves_the_heads_as_they_were():
+    def head(h, classes):
+        return HEADS["statistics"](h[0].numel(), classes)
+
+    net, (x, y) = wrap("HEAD", head=head), data()
+    before = copy.deepcopy(net.state_dict())
+    alignment(net, x, y)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_heads_without_the_wrapper_are_refused():
+    h, B, y = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4), torch.arange(5) % 3
+    for rule in ("HEAD", "LOCAL"):
+        with pytest.raises(ValueError, match=f"rule is '{rule}', expected one of"):
+            direct_feedback(torch.randn(5, 3, requires_grad=True), [h], [B], rule=rule, target=y)
+
+
+def test_a_head_that_is_no_module_is_refused():
+    with pytest.raises(ValueError, match="head makes a function, expected a Module for point '0'"):
+        wrap("HEAD", head=lambda h, classes: lambda h: h)
+
+
+@both
+def test_a_head_with_positions_under_logits_without_is_refused(rule):
+    net, (x, y) = wrap(rule, head=lambda h, classes: nn.Linear(h.shape[-1], classes)), data()
+    with pytest.raises(ValueError, match=r"a head returns \(5, 4, 7, 3\), expected \(5, 3\): classes last"):
+        net(x, target=y)

@@ -719,12 +719,33 @@ def test_bad_values_are_refused(run, capsys, flags):
 @pytest.mark.parametrize("flag", [("--b-lr", 1e-3), ("--b-wd", 0), ("--gamma", 0.5), ("--b-update", "inplace")])
 @pytest.mark.parametrize("mode", ["BP", "FA", "KP", "DFA"])
 def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag):
-    assert_refused(
-        capsys,
-        lambda: run("--train-mode", mode, *flag),
-        flag[0],
-        f"needs --train-mode DKP, LAS, FDFA, HEAD or LOCAL, got {mode}",
-    )
+    needed = "DKP or LAS" if flag[0] == "--b-update" else "DKP, LAS, FDFA, HEAD or LOCAL"
+    message = f"needs --train-mode {needed}, got {mode}"
+    assert_refused(capsys, lambda: run("--train-mode", mode, *flag), flag[0], message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--train-mode", "LAS", "--head-width", 8), "--head-width and --head-pool need HEAD or LOCAL, got LAS"),
+        (("--train-mode", "BP", "--head-pool", 8), "--head-width and --head-pool need HEAD or LOCAL, got BP"),
+        (("--train-mode", "HEAD", "--b-update", "inplace"), "--b-update inplace needs DKP or LAS, got HEAD"),
+        (("--train-mode", "FDFA", "--b-update", "inplace"), "--b-update inplace needs DKP or LAS, got FDFA"),
+        (("--train-mode", "LOCAL", "--b-scale", 1), "--b-scale does not go with --train-mode LOCAL"),
+        (("--train-mode", "LOCAL", "--batch-size", 1), "expected 2 or more for --fc-norm and for heads"),
+    ],
+)
+def test_flags_that_heads_and_fdfa_do_not_take_are_refused(run, capsys, flags, message):
+    assert_refused(capsys, lambda: run(*flags), message)
+
+
+def test_the_form_of_a_head_is_given_once(run, capsys, tmp_path):
+    assert run("--train-mode", "HEAD", "--epochs", 1, "--head-width", 4, "--head-pool", 2) == 0
+    kept = checkpoint(tmp_path / "run")
+    assert kept["net"]["feedback.conv1.1.weight"].shape == (4, 32, 2, 2)
+    resume = ("--resume", tmp_path / "run", "--epochs", 2)
+    assert_refused(capsys, lambda: run(*resume, "--head-pool", 3), "--head-pool", "has 2, got 3")
+    assert run(*resume) == 0
 
 
 def test_copies_of_main_started_by_torchrun_are_refused(run, capsys, monkeypatch):

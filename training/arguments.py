@@ -241,8 +241,9 @@ def complete_rule(parser: Parser, args: argparse.Namespace) -> None:
         defaults = {}
         for key in ("b_update", *parser.feedback_defaults):
             if getattr(args, key) is not None:
+                needed = rules(lambda rule: rule.in_place) if key == "b_update" else learned
                 why = "B is trained as W is" if rule.as_weight else "B is not trained"
-                parser.error(f"{flag(key)} needs --train-mode {learned}, got {rule.name}: {why}")
+                parser.error(f"{flag(key)} needs --train-mode {needed}, got {rule.name}: {why}")
     if rule.head:
         defaults |= {"head_width": HEAD_WIDTH, "head_pool": HEAD_POOL}
     elif args.head_width is not None or args.head_pool is not None:

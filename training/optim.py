@@ -74,8 +74,8 @@ def one_cycle(done: float) -> float:
 def learning_rates(args: Namespace, epoch: int, step: int, steps: int) -> dict[str, float | None]:
     """The learning rates of W, `lr`, and B, `feedback_lr`, at `step` of the `steps` of `epoch`, both 1 for the first.
 
-    The schedule is W's, and KP's B follows W; the learning rate of DKP's and LAS's B decays by gamma an epoch. None for
-    a B that does not learn.
+    The schedule is W's, and KP's B follows W; the learning rate of a B or head of its own decays by gamma an epoch.
+    None for a B that does not learn.
     """
     lr = args.lr
     if args.schedule == "one-cycle":
