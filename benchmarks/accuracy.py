@@ -96,22 +96,27 @@ def convnet_stages(mode: str) -> list[list[Changes]]:
 def alexnet_stages(mode: str) -> list[list[Changes]]:
     """What a search of AlexNet tries, from the original's settings: eight runs for each rule.
 
-    W's learning rate first; then B's learning rate or start, for BP and KP more of W's; then one more learning rate of
-    W; last, what the edges of the stages before call for.
+    W's learning rate first; then the learning rate of B or heads, or B's start, for BP and KP more of W's; then one
+    more learning rate of W; last, what the edges of the stages before call for.
     """
+    heads = [name for name, rule in RULES.items() if rule.head]
     first = {"DFA": ("0.0003", "0.001", "0.003"), "BP": ("0.01", "0.03", "0.1"), "KP": ("0.01", "0.03", "0.1")}
-    b_lr: Changes = {"--b-lr": "1e-4"} if RULES[mode].learns else {}
+    first |= dict.fromkeys(heads, ("0.01", "0.03", "0.1"))
+    b_lr: Changes = {"--b-lr": "1e-3" if mode in heads else "1e-4"} if RULES[mode].learns else {}
     weights: list[Changes] = [{"--lr": lr, **b_lr} for lr in first.get(mode, ("0.003", "0.01", "0.03"))]
     second: dict[str, list[Changes]] = {
         "FA": [{"--b-scale": "0.5"}, {"--b-scale": "2"}],
         "DFA": [{"--b-scale": "0.3"}, {"--b-scale": "0.1"}],
         **{learned: [{"--b-lr": "3e-5"}, {"--b-lr": "3e-4"}] for learned in learned_rules()},
+        **{head: [{"--b-lr": "3e-4"}, {"--b-lr": "3e-3"}] for head in heads},
     }
     last: dict[str, list[Changes]] = {
         "FA": [{"--lr": "0.001"}, {"--wd": "3e-3"}],
         "DFA": [{"--lr": "0.003", "--b-scale": "0.1"}, {"--lr": "0.003", "--b-scale": "0.03"}],
         "DKP": [{"--lr": "0.05"}, {"--lr": "0.1"}],
         "LAS": [{"--b-lr": "1e-3"}, {"--lr": "0.05"}],
+        "FDFA": [{"--b-lr": "1e-3"}, {"--lr": "0.05"}],
+        **{head: [{"--head-width": "256"}, {"--lr": "0.05"}] for head in heads},
     }
     beyond: list[Changes] = [{"--lr": {"DFA": "0.01"}.get(mode, "0.02")}]
     more: list[Changes] = [{"--lr": "0.005"}, {"--lr": "0.05"}]
