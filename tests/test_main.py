@@ -608,7 +608,10 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
 
 def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights():
     results = Path(main.__file__).parent / "benchmarks" / "results"
-    found = [results / name / "recipe.json" for name in ("cifar10-search-3-epochs", "cifar10-search-drtp-3-epochs")]
+    found = [
+        results / name / "recipe.json"
+        for name in ("cifar10-search-3-epochs", "cifar10-search-drtp-3-epochs", "cifar10-search-heads-3-epochs")
+    ]
     searched = {mode: flags for path in found for mode, flags in json.loads(path.read_text()).items()}
     assert searched.keys() == RULES.keys()
     for mode in searched:
