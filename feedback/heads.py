@@ -94,23 +94,30 @@ class WholeMap(nn.Conv2d):
         return F.linear(as_rows(x, channels_last), as_rows(self.weight, channels_last), self.bias)
 
 
-def mlp_head(h: Tensor, classes: int, width: int = HEAD_WIDTH, pool: int = HEAD_POOL) -> nn.Sequential:
-    """The head that HEAD and LOCAL have by default: average pooling, Linear, batch norm, ReLU, Linear.
+def default_head(
+    h: Tensor, classes: int, width: int = HEAD_WIDTH, pool: int = HEAD_POOL, scale: float = 1.0
+) -> nn.Module:
+    """The head that HEAD and LOCAL have by default: of a feature map a small net, of a vector a Linear, as LAS has.
 
     Args:
-        h: such as the point's h_l, (N, D) or (N, C, H, W); the latter is averaged to `pool` x `pool` at most.
+        h: such as the point's h_l, (N, D) or (N, C, H, W). The latter goes through average pooling, a Linear, a batch
+            norm and a ReLU first.
         classes: K.
-        width: features between the Linears.
+        width: features between the two Linears.
+        pool: the side to which a feature map is averaged, at most.
+        scale: factor on the random values that the last Linear starts from; with 0 the first signals are zero.
 
     Raises:
         ValueError: an h_l of other dimensions.
     """
-    if h.dim() == 4:
-        sides = min(pool, h.shape[2]), min(pool, h.shape[3])
-        first = [nn.AdaptiveAvgPool2d(sides), WholeMap(h.shape[1], width, sides)]
-    elif h.dim() == 2:
-        first = [nn.Linear(h.shape[1], width)]
-    else:
+    if h.dim() not in (2, 4):
         raise ValueError(f"a point returns {tuple(h.shape)}, expected (N, D) or (N, C, H, W): give a head of your own")
+    last = nn.Linear(h.shape[1] if h.dim() == 2 else width, classes)
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.mul_(scale)
+    if h.dim() == 2:
+        return last
+    sides = min(pool, h.shape[2]), min(pool, h.shape[3])
     norm = nn.BatchNorm1d(width, track_running_stats=False)
-    return nn.Sequential(*first, norm, nn.ReLU(), nn.Linear(width, classes))
+    return nn.Sequential(nn.AdaptiveAvgPool2d(sides), WholeMap(h.shape[1], width, sides), norm, nn.ReLU(), last)

@@ -17,7 +17,7 @@ from feedback.calls import arguments, logits_in, tensors_in, with_logits
 from feedback.checks import feedback_name, version
 from feedback.forward_mode import perturbed_point
 from feedback.functional import broadcast_error, feedback_point
-from feedback.heads import MakeHead, head_point, mlp_head
+from feedback.heads import MakeHead, default_head, head_point
 from feedback.labels import Labels, Loss, labels_of
 from feedback.layerwise import check_no_new_modules, fed_back, init_of, modules_with_parameters
 from feedback.layout import is_channels_last
@@ -196,7 +196,7 @@ class DirectFeedback(nn.Module):
             factor by which the training loss is scaled, as when it is divided for gradient accumulation, is found in
             each backward pass and need not be in it. Not for torch.compile.
         head: for HEAD and LOCAL, makes a point's head from an h_l and K: a module that maps h_l to logits, the classes
-            last; by default `feedback.heads.mlp_head`.
+            last; by default `feedback.heads.default_head`.
         init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
             kaiming-uniform with fan-in D_l, as the original's; for FA and KP, PyTorch's own for weights.
         group: the process group over which B in place is averaged; by default all ranks, if there are several.
@@ -303,7 +303,7 @@ class DirectFeedback(nn.Module):
                     self._add_feedback(matrix, len(weight), weight.detach(), init_of(layer, init))
             if RULES[rule].head:
                 for point, h in by_point.items():
-                    made = (head or mlp_head)(h, self._classes)
+                    made = (head or default_head)(h, self._classes)
                     if not isinstance(made, nn.Module):
                         raise ValueError(f"head makes {checks.shape_of(made)}, expected a Module for point {point!r}")
                     made.to(device=h.device, dtype=h.dtype if h.is_floating_point() else None)

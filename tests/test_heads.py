@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from feedback import DirectFeedback, alignment, direct_feedback
-from feedback.heads import mlp_head
+from feedback.heads import default_head
 
 both = pytest.mark.parametrize("rule", ["HEAD", "LOCAL"])
 POINTS = ["0", "1", "2"]
@@ -94,12 +94,12 @@ def test_a_linear_head_is_las():
 
 def test_the_heads_by_default():
     with torch.random.fork_rng():
-        conv, linear = mlp_head(torch.zeros(2, 4, 30, 5), 10), mlp_head(torch.zeros(2, 20), 10)
+        conv, linear = default_head(torch.zeros(2, 4, 30, 5), 10), default_head(torch.zeros(2, 20), 10)
     assert conv[0].output_size == (7, 5)
     assert conv[1].weight.shape == (128, 4, 7, 5) and linear[0].weight.shape == (128, 20)
     assert conv[-1].weight.shape == (10, 128) == linear[-1].weight.shape
     with pytest.raises(ValueError, match=r"\(2, 3, 4\), expected \(N, D\) or \(N, C, H, W\): give a head"):
-        mlp_head(torch.zeros(2, 3, 4), 10)
+        default_head(torch.zeros(2, 3, 4), 10)
 
 
 @both

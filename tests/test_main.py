@@ -734,7 +734,6 @@ def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag
         (("--train-mode", "BP", "--head-pool", 8), "--head-width and --head-pool need HEAD or LOCAL, got BP"),
         (("--train-mode", "HEAD", "--b-update", "inplace"), "--b-update inplace needs DKP or LAS, got HEAD"),
         (("--train-mode", "FDFA", "--b-update", "inplace"), "--b-update inplace needs DKP or LAS, got FDFA"),
-        (("--train-mode", "LOCAL", "--b-scale", 1), "--b-scale does not go with --train-mode LOCAL"),
         (("--train-mode", "LOCAL", "--batch-size", 1), "expected 2 or more for --fc-norm and for heads"),
     ],
 )

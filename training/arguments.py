@@ -132,12 +132,9 @@ def add_common_arguments(
     rule("--b-lr", type=nonnegative_float, help=f"{learned}: learning rate of B (original: {b_lr:g}; {in_place})")
     rule("--b-wd", type=nonnegative_float, help=f"{learned}: weight decay of B (original: {b_wd:g})")
     rule("--gamma", type=fraction, help=f"{learned}: factor on B's learning rate an epoch (original: {gamma:g})")
-    rule(
-        "--b-scale",
-        type=nonnegative_float,
-        metavar="X",
-        help=f"factor on B's random start, 0: B starts at zero (original: {b_scale:g} for {learned}, else 1)",
-    )
+    start = f"original: {b_scale:g} for {learned}, else 1"
+    b_scale_help = f"factor on the random start of B or a head's last layer, 0: it starts at zero ({start})"
+    rule("--b-scale", type=nonnegative_float, metavar="X", help=b_scale_help)
     width, pool = f"features within a head (default: {HEAD_WIDTH})", f"pool feature maps to NxN (default: {HEAD_POOL})"
     rule("--head-width", type=positive_int, metavar="N", help=f"{heads}: {width}")
     rule("--head-pool", type=positive_int, metavar="N", help=f"{heads}: {pool}")
@@ -248,7 +245,7 @@ def complete_rule(parser: Parser, args: argparse.Namespace) -> None:
         defaults |= {"head_width": HEAD_WIDTH, "head_pool": HEAD_POOL}
     elif args.head_width is not None or args.head_pool is not None:
         parser.error(f"--head-width and --head-pool need {rules(lambda rule: rule.head)}, got {rule.name}: no heads")
-    if rule.has_feedback and not rule.head:
+    if rule.has_feedback:
         defaults["b_scale"] = parser.learned_b_scale if rule.learns else 1.0
     elif args.b_scale is not None:
         parser.error(f"--b-scale does not go with --train-mode {rule.name}: there is no B")

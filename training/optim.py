@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feedback import RULES, DirectFeedback
-from feedback.heads import MakeHead, mlp_head
+from feedback.heads import MakeHead, default_head
 from models import Net
 from training.distributed import world_size
 
@@ -29,7 +29,7 @@ def wrap(args: Namespace, model: Net, example: Tensor) -> DirectFeedback:
         if world_size() > 1 and args.pipeline_stages is None:  # its sums do not stand in line with W's gradients
             inplace["group"] = dist.new_group(timeout=timedelta(seconds=args.dist_timeout))
     net = DirectFeedback(model, model.points, args.train_mode, example, head=head_of(args), **inplace)
-    if args.b_scale is not None:
+    if not RULES[args.train_mode].head:
         for matrix in net.feedback.state_dict().values():
             matrix.mul_(args.b_scale)
     return net
@@ -37,7 +37,9 @@ def wrap(args: Namespace, model: Net, example: Tensor) -> DirectFeedback:
 
 def head_of(args: Namespace) -> MakeHead | None:
     """What makes a point's head by the arguments, for a rule that has heads."""
-    return partial(mlp_head, width=args.head_width, pool=args.head_pool) if RULES[args.train_mode].head else None
+    if not RULES[args.train_mode].head:
+        return None
+    return partial(default_head, width=args.head_width, pool=args.head_pool, scale=args.b_scale)
 
 
 def autocast(args: Namespace, device: torch.device) -> torch.autocast:
