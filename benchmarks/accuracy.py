@@ -101,7 +101,6 @@ def alexnet_stages(mode: str) -> list[list[Changes]]:
     """
     heads = [name for name, rule in RULES.items() if rule.head]
     first = {"DFA": ("0.0003", "0.001", "0.003"), "BP": ("0.01", "0.03", "0.1"), "KP": ("0.01", "0.03", "0.1")}
-    first |= dict.fromkeys(heads, ("0.001", "0.003", "0.01"))
     b_lr: Changes = {"--b-lr": "1e-3" if mode in heads else "1e-4"} if RULES[mode].learns else {}
     weights: list[Changes] = [{"--lr": lr, **b_lr} for lr in first.get(mode, ("0.003", "0.01", "0.03"))]
     second: dict[str, list[Changes]] = {
@@ -116,9 +115,9 @@ def alexnet_stages(mode: str) -> list[list[Changes]]:
         "DKP": [{"--lr": "0.05"}, {"--lr": "0.1"}],
         "LAS": [{"--b-lr": "1e-3"}, {"--lr": "0.05"}],
         "FDFA": [{"--b-lr": "1e-3"}, {"--lr": "0.05"}],
-        **{head: [{"--head-width": "256"}, {"--lr": "0.002"}] for head in heads},
+        **{head: [{"--head-width": "256"}, {"--lr": "0.05"}] for head in heads},
     }
-    beyond: list[Changes] = [{"--lr": {"DFA": "0.01", **dict.fromkeys(heads, "0.005")}.get(mode, "0.02")}]
+    beyond: list[Changes] = [{"--lr": {"DFA": "0.01"}.get(mode, "0.02")}]
     more: list[Changes] = [{"--lr": "0.005"}, {"--lr": "0.05"}]
     return [weights, second.get(mode, more), beyond, last.get(mode, [{"--wd": "1e-3"}, {"--wd": "3e-3"}])]
 

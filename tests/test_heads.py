@@ -95,9 +95,10 @@ def test_a_linear_head_is_las():
 def test_the_heads_by_default():
     with torch.random.fork_rng():
         conv, linear = default_head(torch.zeros(2, 4, 30, 5), 10), default_head(torch.zeros(2, 20), 10)
-    assert conv[0].output_size == (7, 5)
-    assert conv[1].weight.shape == (128, 4, 7, 5) and linear[0].weight.shape == (128, 20)
-    assert conv[-1].weight.shape == (10, 128) == linear[-1].weight.shape
+        zero = default_head(torch.zeros(2, 4, 9, 9), 10, scale=0)
+    assert conv[0].output_size == (7, 5) and conv[1].weight.shape == (128, 4, 7, 5)
+    assert conv[-1].weight.shape == (10, 128) and linear.weight.shape == (10, 20)
+    assert not zero(torch.randn(2, 4, 9, 9)).any() and zero[1].weight.any()
     with pytest.raises(ValueError, match=r"\(2, 3, 4\), expected \(N, D\) or \(N, C, H, W\): give a head"):
         default_head(torch.zeros(2, 3, 4), 10)
 
