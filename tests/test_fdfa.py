@@ -11,7 +11,6 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from feedback import DirectFeedback, alignment, direct_feedback
 
 POINTS = ["0", "1", "2"]
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of batch norm
 
 
 def blocks():

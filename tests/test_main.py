@@ -460,7 +460,7 @@ def test_curves_are_drawn_of_one_run_and_of_several(run, tmp_path, capsys, monke
             plot.main([str(tmp_path / "BP")])
         assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit):
-        plot.main([str(tmp_path / "DKP")] * 9)
+        plot.main([str(tmp_path / "DKP")] * (len(plot.STYLES) + 1))
     assert "more cannot be told apart" in capsys.readouterr().err
 
 
