@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that is to be measured on a GPU, in parts of at most 9 minutes: tests, step times, CIFAR-10 by every rule for ten
-# epochs, AlexNet on CIFAR-100 at 224x224 by four. Run it again after it was cut off: it goes on with the next part, and
+# epochs, AlexNet on CIFAR-100 at 224x224 by six. Run it again after it was cut off: it goes on with the next part, and
 # with a training where it stopped. Each training's folder has config.json (hardware, versions) and metrics.csv.
 # Usage: benchmarks/gpu.sh OUT [DATA [EPOCHS]]      DATA: see docs/data.md (default: data); EPOCHS of AlexNet (default: 90)
 set -uo pipefail
@@ -42,11 +42,11 @@ part step-time-compiled python benchmarks/step_time.py --device cuda --nets Conv
     --out "$out/step-time-compiled"
 fast=(--precision bf16 --channels-last)
 places=(--data "$data" --cuda-graph)
-for rule in BP FA KP DFA DKP LAS DRTP; do
+for rule in BP FA KP DFA DKP LAS DRTP FDFA HEAD LOCAL; do
     train "cifar10-$rule" main.py --train-mode "$rule" --epochs 10 "${fast[@]}"
 done
 places=("$data")
-for rule in BP LAS DKP DFA; do
+for rule in BP LAS HEAD LOCAL DKP DFA; do
     train "cifar100-$rule" alexnet/main.py --dataset cifar100 --train-mode "$rule" --schedule one-cycle \
         --epochs "$epochs" "${fast[@]}"
 done
