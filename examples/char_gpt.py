@@ -115,6 +115,16 @@ def documentation() -> dict[str, Tensor]:
     return dict(zip(("train", "valid", "test"), parts, strict=True))
 
 
+def append_row(path: Path, row: dict[str, object]) -> None:
+    """Add a row to a csv, with a first line of names if the file is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def main() -> None:
     """Train by each rule and print the table; add to a csv if one is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,12 +147,7 @@ def main() -> None:
         angles = " ".join(str(row[f"blocks.{number}"]) for number in range(BLOCKS))
         print(f"| {rule} | {row['steps']} | {row['test']} | {angles} |", flush=True)
         if args.csv:
-            new = not args.csv.exists()
-            with args.csv.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_row(args.csv, row)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Adam for B or the heads.
 """
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from examples.char_gpt import append_row
+from examples.resnet import Residual
 from feedback import RULES, DirectFeedback, alignment
 from training.data import load_images, normalise
 from training.machine import reuse_memory
@@ -27,25 +28,6 @@ from training.machine import reuse_memory
 BATCH, PROBE = 128, 256
 RULES_SHOWN = ("BP", "LAS", "DKP", "DFA", "HEAD", "LOCAL")
 LR, B_LR = 0.02, 3e-4  # of W, and of B or the heads: LAS's on the conv net, and searched for no rule here
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions with batch norm, and a skip around them."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
-        return F.relu(self.body(x) + self.skip(x))
 
 
 def resnet20() -> tuple[nn.Module, list[str]]:
@@ -156,12 +138,7 @@ def main() -> None:
             shown = ("net", "rule", "train_loss", "accuracy", "angles", "seconds")
             print("| " + " | ".join(str(row[key]) for key in shown) + " |", flush=True)
             if args.csv:
-                new = not args.csv.exists()
-                with args.csv.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, row)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                append_row(args.csv, row)
 
 
 if __name__ == "__main__":
