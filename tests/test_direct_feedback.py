@@ -183,7 +183,7 @@ class InputGradientCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@each()
+@pytest.mark.parametrize(("rule", "options"), [*VARIANTS.values(), ("FDFA", {})], ids=[*VARIANTS, "FDFA"])
 def test_no_gradient_with_respect_to_a_blocks_input(rule, options):
     net = make(rule, **options)
     x, y = data()
