@@ -11,6 +11,7 @@ Adam for B or the heads.
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,6 +73,13 @@ def prepared(x: Tensor) -> Tensor:
     return normalise(x).to(memory_format=torch.channels_last)
 
 
+def scaled_start(feedback_KD: Tensor, scale: float) -> None:
+    """B's default start, times `scale`."""
+    nn.init.kaiming_uniform_(feedback_KD)
+    with torch.no_grad():
+        feedback_KD.mul_(scale)
+
+
 def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     """Train a net by `rule`; return a row of the table."""
     images = load_images("synthetic" if args.synthetic else "cifar10", args.data)
@@ -79,7 +87,9 @@ def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(args.seed)
     model, points = NETS[name]()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    net = DirectFeedback(model, points, rule, prepared(images.x_train[:2]))
+    has_matrix = RULES[rule].has_feedback and not RULES[rule].head
+    start = partial(scaled_start, scale=args.b_scale) if has_matrix else None
+    net = DirectFeedback(model, points, rule, prepared(images.x_train[:2]), init=start)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     ]
@@ -104,6 +114,7 @@ def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     seconds = (time.perf_counter() - start) / args.epochs
     angles = alignment(net, prepared(images.x_train[:PROBE]), images.y_train[:PROBE])
     row: dict[str, object] = {"net": name, "rule": rule, "lr": args.lr, "b_lr": args.b_lr if RULES[rule].learns else ""}
+    row |= {"b_scale": args.b_scale if has_matrix else ""}
     row |= {"epochs": args.epochs, "seed": args.seed, "images": "held out" if args.validation else "test"}
     row |= {"train_loss": round(total / seen, 4), "accuracy": accuracy(net, images.x_test, images.y_test)}
     row |= {"angles": " ".join(f"{angles[point]['alignment_deg']:.1f}" for point in points)}
@@ -121,6 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--b-lr", type=float, default=B_LR, help="of B or the heads, by Adam, where the rule has one that learns"
     )
+    parser.add_argument("--b-scale", type=float, default=1.0, help="factor on the random start of B")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder where CIFAR-10 is found and kept")
     parser.add_argument("--synthetic", action="store_true", help="the built-in set instead, to see that it runs")
     parser.add_argument("--validation", action="store_true", help="hold out 5,000 training images and test on them")
