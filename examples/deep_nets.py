@@ -88,8 +88,8 @@ def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     model, points = NETS[name]()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     has_matrix = RULES[rule].has_feedback and not RULES[rule].head
-    start = partial(scaled_start, scale=args.b_scale) if has_matrix else None
-    net = DirectFeedback(model, points, rule, prepared(images.x_train[:2]), init=start)
+    init = partial(scaled_start, scale=args.b_scale) if has_matrix else None
+    net = DirectFeedback(model, points, rule, prepared(images.x_train[:2]), init=init)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     ]

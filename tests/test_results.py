@@ -1,0 +1,127 @@
+"""The tables of README and docs hold what the raw data in benchmarks/results have."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SETTINGS = {"contiguous": "contiguous fp32 eager", "channels_last": "channels_last fp32 eager"}
+
+
+def table(page, heading, number=1):
+    """The rows of the `number`-th table below a heading, each a dict from its column's name to the text of its cell."""
+    lines = (ROOT / page).read_text().split(f"# {heading}\n")[1].splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("|--")]
+    names, rows = cells(lines[starts[number - 1] - 1]), []
+    for line in lines[starts[number - 1] + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(dict(zip(names, cells(line), strict=True)))
+    return rows
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def last_epochs(*folders):
+    """The rows of each rule's last epochs, one for each seed."""
+    rules = {}
+    for folder in folders:
+        with open(RESULTS / folder / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        last = max(int(row["epoch"]) for row in rows)
+        for row in rows:
+            if int(row["epoch"]) == last:
+                rules.setdefault(row["mode"], []).append(row)
+    return rules
+
+
+def accuracy(rows):
+    values = [float(row["test_accuracy"]) for row in rows]
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+BEST = ("cifar10-best-12-epochs", "cifar10-drtp-12-epochs", "cifar10-heads-12-epochs")
+
+
+def test_accuracies_and_angles_of_the_conv_net():
+    for heading, folders in (("The best recipes", BEST), ("The original's settings", ["cifar10-original-10-epochs"])):
+        runs = last_epochs(*folders)
+        for row in table("docs/results-cifar10.md", heading):
+            data = runs.pop(row[""])
+            assert len(data) == 3 and row["test accuracy, %"] == accuracy(data)
+            for point, weights in (("conv1", "conv1.conv"), ("conv2", "conv2.conv"), ("fc1", "fc1.linear")):
+                angles = {f"signal {point}": f"alignment_deg_{point}"}
+                for name, key in (angles | {f"gradient {point}": f"parameter_deg_{weights}.weight"}).items():
+                    assert row[name] == f"{statistics.mean(float(line[key]) for line in data):.1f}", (row[""], name)
+        assert not runs
+
+
+def test_the_front_page_has_these_accuracies_and_times():
+    runs = last_epochs(*BEST)
+    steps = {row["rule"]: row for row in json.loads((RESULTS / "accuracy_by_time.json").read_text())["rows"]}
+    for row in table("README.md", "The rules"):
+        rule = row["rule"].partition(",")[0]
+        assert row["accuracy, %"] == accuracy(runs.pop(rule))
+        assert row["step"] == ("1" if rule == "BP" else f"{steps[rule]['to_BP'][1]:.2f}")
+    for row in table("docs/results-cifar10.md", "The best recipes", 2):
+        step = steps.pop(row[""])
+        assert row["step, ms"] == f"{step['ms'][1]:.1f}"
+        assert row["to BP"] == "{1:.2f} ({0:.2f}-{2:.2f})".format(*step["to_BP"])
+    assert not runs and not steps
+
+
+def test_alexnets_long_runs():
+    with open(RESULTS / "cifar100-alexnet64-15-epochs" / "metrics.csv", newline="") as file:
+        runs = {(row["mode"], int(row["epoch"])): row for row in csv.DictReader(file)}
+    shown = table("docs/results-alexnet.md", "15 epochs at 64x64")
+    assert {row[""] for row in shown} == {mode for mode, _ in runs}
+    for row in shown:
+        for name, epoch in (("epoch 5", 5), ("10", 10), ("15", 15)):
+            assert row[name] == f"{float(runs[row[''], epoch]['test_accuracy']):.2f}"
+        last = runs[row[""], 15]
+        assert row["top-5"] == f"{float(last['test_top5_accuracy']):.2f}"
+        assert row["training, %"] == f"{float(last['train_accuracy']):.2f}"
+        assert row["training loss"] == f"{float(last['train_loss']):.3f}"
+        assert row["test loss"] == f"{float(last['test_loss']):.3f}"
+
+
+def test_step_times():
+    for heading, file in (("What a step costs", "step_time_cpu.json"), ("Every rule", "step_time_cpu_rules.json")):
+        rows = json.loads((RESULTS / file).read_text())["rows"]
+        steps = {(f"{row['net']} {row['batch']}", row["way"], row["variant"]): row for row in rows}
+        for row in table("docs/speed.md", heading):
+            key = row.pop("net, batch"), SETTINGS[row.pop("memory format")]
+            assert row.pop("BP, ms") == f"{steps[*key, 'BP']['ms'][1]:.1f}"
+            for name, cell in row.items():
+                variant, _, base = name.partition(" / ")
+                assert cell == f"{steps[*key, variant]['to_' + (base or 'BP')][1]:.3f}", (key, name)
+
+
+def test_step_times_on_a_gpu():
+    rows = []
+    for net in ("ConvNet", "AlexNet"):
+        rows += json.loads((RESULTS / f"step_time_cuda_{net}.json").read_text())["rows"]
+    steps = {(f"{row['net']} {row['batch']}", row["way"], row["variant"]): row for row in rows}
+    for row in table("docs/speed.md", "On a GPU"):
+        key = row.pop("net, batch"), f"channels_last {row.pop('precision')} {row.pop('execution')}"
+        assert row.pop("BP, ms") == f"{steps[*key, 'BP']['ms'][1]:.2f}"
+        for variant, cell in row.items():
+            assert cell == f"{steps[*key, variant]['to_BP'][1]:.2f}", (key, variant)
+
+
+def test_steps_over_several_processes():
+    rows = json.loads((RESULTS / "pipeline_cpu.json").read_text())["rows"]
+    steps = {(row["net"], row["micro_batches"], row["variant"]): row for row in rows}
+    for row in table("docs/speed.md", "The backward pass over several processes"):
+        net, pieces = row.pop("net"), int(row.pop("micro-batches"))
+        gpipe = steps[net, pieces, "BP GPipe"]
+        assert row.pop("BP GPipe, ms") == f"{gpipe['ms'][1]:.0f}"
+        pairs = zip(steps[net, 1, "BP DDP"]["seconds"], gpipe["seconds"], strict=True)
+        assert row.pop("BP DDP") == f"{statistics.median(ddp / theirs for ddp, theirs in pairs):.2f}"
+        for variant, cell in row.items():
+            step = steps.get((net, pieces, variant))
+            assert cell == (f"{step['to_gpipe'][1]:.2f}" if step else ""), (net, pieces, variant)
