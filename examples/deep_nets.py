@@ -27,11 +27,28 @@ from training.data import load_images, normalise
 from training.machine import reuse_memory
 
 BATCH, PROBE = 128, 256
-RULES_SHOWN = ("BP", "LAS", "DKP", "DFA", "HEAD", "LOCAL")
-LR, B_LR = 0.02, 3e-4  # of W, and of B or the heads: LAS's on the conv net, and searched for no rule here
+SETTINGS = {  # W's learning rate, that of B or the heads, the factor on B's start: best of a search on held-out images
+    "resnet20": {
+        "BP": (0.1, 0.0, 0.0),
+        "LAS": (0.005, 3e-5, 0.0),
+        "DKP": (0.002, 1e-5, 0.0),
+        "DFA": (0.02, 0.0, 0.1),
+        "HEAD": (0.1, 3e-3, 0.0),
+        "LOCAL": (0.1, 3e-3, 0.0),
+    },
+    "vgg11": {
+        "BP": (0.02, 0.0, 0.0),
+        "LAS": (0.02, 3e-4, 1.0),
+        "DKP": (0.02, 3e-4, 1.0),
+        "DFA": (0.02, 0.0, 1.0),
+        "HEAD": (0.02, 3e-4, 0.0),
+        "LOCAL": (0.02, 3e-4, 0.0),
+    },
+}
+RULES_SHOWN = tuple(SETTINGS["vgg11"])
 
 
-def resnet20() -> tuple[nn.Module, list[str]]:
+def resnet20() -> tuple[nn.Sequential, list[str]]:
     """The net, and its points: behind the residual blocks 1, 3, 5, 7 and 9."""
     blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())]
     inputs = 16
@@ -43,7 +60,7 @@ def resnet20() -> tuple[nn.Module, list[str]]:
     return nn.Sequential(*blocks, last), ["1", "3", "5", "7", "9"]
 
 
-def vgg11() -> tuple[nn.Module, list[str]]:
+def vgg11() -> tuple[nn.Sequential, list[str]]:
     """The net with batch norm, and its points: its convolutions, with the max-pool that follows."""
     blocks: list[nn.Module] = []
     inputs = 3
@@ -82,21 +99,25 @@ def scaled_start(feedback_KD: Tensor, scale: float) -> None:
 
 def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     """Train a net by `rule`; return a row of the table."""
+    lr, b_lr, b_scale = (
+        setting if given is None else given
+        for setting, given in zip(SETTINGS[name][rule], (args.lr, args.b_lr, args.b_scale), strict=True)
+    )
     images = load_images("synthetic" if args.synthetic else "cifar10", args.data)
     images = images.hold_out(5000) if args.validation else images
     torch.manual_seed(args.seed)
     model, points = NETS[name]()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     has_matrix = RULES[rule].has_feedback and not RULES[rule].head
-    init = partial(scaled_start, scale=args.b_scale) if has_matrix else None
+    init = partial(scaled_start, scale=b_scale) if has_matrix else None
     net = DirectFeedback(model, points, rule, prepared(images.x_train[:2]), init=init)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     ]
     if RULES[rule].learns:
-        optimizers.append(torch.optim.Adam(net.feedback.parameters(), args.b_lr))
+        optimizers.append(torch.optim.Adam(net.feedback.parameters(), b_lr))
     steps = args.epochs * -(-len(images.x_train) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], args.lr, steps, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], lr, steps, cycle_momentum=False)
     start, total, seen = time.perf_counter(), 0.0, 0
     for _ in range(args.epochs):
         total, seen = 0.0, 0
@@ -112,12 +133,19 @@ def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
             schedule.step()
             total, seen = total + loss.item() * len(y), seen + len(y)
     seconds = (time.perf_counter() - start) / args.epochs
-    angles = alignment(net, prepared(images.x_train[:PROBE]), images.y_train[:PROBE])
-    row: dict[str, object] = {"net": name, "rule": rule, "lr": args.lr, "b_lr": args.b_lr if RULES[rule].learns else ""}
-    row |= {"b_scale": args.b_scale if has_matrix else ""}
+    probe = prepared(images.x_train[:PROBE])
+    angles = alignment(net, probe, images.y_train[:PROBE])
+    right = accuracy(net, images.x_test, images.y_test)
+    with torch.no_grad():
+        size = model[:-1].eval()(probe).abs().mean().item()
+    row: dict[str, object] = {"net": name, "rule": rule, "lr": lr, "b_lr": b_lr if RULES[rule].learns else ""}
+    row |= {"b_scale": b_scale if has_matrix else ""}
     row |= {"epochs": args.epochs, "seed": args.seed, "images": "held out" if args.validation else "test"}
-    row |= {"train_loss": round(total / seen, 4), "accuracy": accuracy(net, images.x_test, images.y_test)}
-    row |= {"angles": " ".join(f"{angles[point]['alignment_deg']:.1f}" for point in points)}
+    row |= {"train_loss": round(total / seen, 4), "accuracy": round(right, 2)}
+    row |= {
+        "size": float(f"{size:.3g}"),
+        "angles": " ".join(f"{angles[point]['alignment_deg']:.1f}" for point in points),
+    }
     return row | {"seconds": round(seconds, 1), "torch": torch.__version__}
 
 
@@ -128,11 +156,9 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES_SHOWN, default=list(RULES_SHOWN))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=LR, help="of the weights, by SGD")
-    parser.add_argument(
-        "--b-lr", type=float, default=B_LR, help="of B or the heads, by Adam, where the rule has one that learns"
-    )
-    parser.add_argument("--b-scale", type=float, default=1.0, help="factor on the random start of B")
+    parser.add_argument("--lr", type=float, help="of the weights, by SGD (default: SETTINGS)")
+    parser.add_argument("--b-lr", type=float, help="of B or the heads, by Adam, where the rule has one that learns")
+    parser.add_argument("--b-scale", type=float, help="factor on the random start of B")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder where CIFAR-10 is found and kept")
     parser.add_argument("--synthetic", action="store_true", help="the built-in set instead, to see that it runs")
     parser.add_argument("--validation", action="store_true", help="hold out 5,000 training images and test on them")
@@ -142,12 +168,12 @@ def main() -> None:
     reuse_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    print("| net | rule | training loss | accuracy, % | angles at the points, degrees | seconds an epoch |")
-    print("|---|---|---|---|---|---|")
+    print("| net | rule | training loss | accuracy, % | last activation | angles, degrees | seconds an epoch |")
+    print("|---|---|---|---|---|---|---|")
     for name in args.nets:
         for rule in args.rules:
             row = train(name, rule, args)
-            shown = ("net", "rule", "train_loss", "accuracy", "angles", "seconds")
+            shown = ("net", "rule", "train_loss", "accuracy", "activation", "angles", "seconds")
             print("| " + " | ".join(str(row[key]) for key in shown) + " |", flush=True)
             if args.csv:
                 append_row(args.csv, row)
