@@ -143,7 +143,7 @@ def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     row |= {"epochs": args.epochs, "seed": args.seed, "images": "held out" if args.validation else "test"}
     row |= {"train_loss": round(total / seen, 4), "accuracy": round(right, 2)}
     row |= {
-        "size": float(f"{size:.3g}"),
+        "activation": float(f"{size:.3g}"),
         "angles": " ".join(f"{angles[point]['alignment_deg']:.1f}" for point in points),
     }
     return row | {"seconds": round(seconds, 1), "torch": torch.__version__}
