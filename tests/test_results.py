@@ -87,6 +87,9 @@ def test_alexnets_long_runs():
         assert row["training, %"] == f"{float(last['train_accuracy']):.2f}"
         assert row["training loss"] == f"{float(last['train_loss']):.3f}"
         assert row["test loss"] == f"{float(last['test_loss']):.3f}"
+    for row in table("docs/results-alexnet.md", "15 epochs at 64x64", 2):
+        last = runs[row.pop(""), 15]
+        assert row == {point: f"{float(last[f'alignment_deg_{point}']):.1f}" for point in row}
 
 
 def test_step_times():
