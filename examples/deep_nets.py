@@ -1,6 +1,7 @@
 """A ResNet-20 and a VGG-11 on CIFAR-10 by each rule: does direct feedback hold where nets get deep?
 
 Run:    python examples/deep_nets.py --epochs 1
+Result: docs/results-deep.md
 Source: He, Zhang, Ren, Sun 2016; Simonyan, Zisserman 2015, for 32x32 images
 
 The points of the ResNet are every second of its residual blocks, since the skips lead around whatever is within one.
@@ -22,27 +23,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.char_gpt import append_row
 from examples.resnet import Residual
-from feedback import RULES, DirectFeedback, alignment
+from feedback import DirectFeedback, alignment
 from training.data import load_images, normalise
 from training.machine import reuse_memory
 
 BATCH, PROBE = 128, 256
-SETTINGS = {  # W's learning rate, that of B or the heads, the factor on B's start: best of a search on held-out images
-    "resnet20": {
-        "BP": (0.1, 0.0, 0.0),
+Setting = tuple[float, float | None, float | None]
+SETTINGS: dict[
+    str, dict[str, Setting]
+] = {  # the learning rates of W and of B or the heads, and the factor on B's start:
+    "resnet20": {  # the best of two to eight after one epoch, on held-out images
+        "BP": (0.1, None, None),
         "LAS": (0.005, 3e-5, 0.0),
         "DKP": (0.002, 1e-5, 0.0),
-        "DFA": (0.02, 0.0, 0.1),
-        "HEAD": (0.1, 3e-3, 0.0),
-        "LOCAL": (0.1, 3e-3, 0.0),
+        "DFA": (0.02, None, 0.1),
+        "HEAD": (0.1, 3e-3, None),
+        "LOCAL": (0.1, 3e-3, None),
     },
     "vgg11": {
-        "BP": (0.02, 0.0, 0.0),
+        "BP": (0.02, None, None),
         "LAS": (0.02, 3e-4, 1.0),
         "DKP": (0.02, 3e-4, 1.0),
-        "DFA": (0.02, 0.0, 1.0),
-        "HEAD": (0.02, 3e-4, 0.0),
-        "LOCAL": (0.02, 3e-4, 0.0),
+        "DFA": (0.02, None, 1.0),
+        "HEAD": (0.02, 3e-4, None),
+        "LOCAL": (0.02, 3e-4, None),
     },
 }
 RULES_SHOWN = tuple(SETTINGS["vgg11"])
@@ -99,22 +103,21 @@ def scaled_start(feedback_KD: Tensor, scale: float) -> None:
 
 def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     """Train a net by `rule`; return a row of the table."""
-    lr, b_lr, b_scale = (
-        setting if given is None else given
-        for setting, given in zip(SETTINGS[name][rule], (args.lr, args.b_lr, args.b_scale), strict=True)
-    )
+    lr, b_lr, b_scale = SETTINGS[name][rule]
+    lr = lr if args.lr is None else args.lr
+    b_lr = b_lr if args.b_lr is None else args.b_lr
+    b_scale = b_scale if args.b_scale is None else args.b_scale
     images = load_images("synthetic" if args.synthetic else "cifar10", args.data)
     images = images.hold_out(5000) if args.validation else images
     torch.manual_seed(args.seed)
     model, points = NETS[name]()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    has_matrix = RULES[rule].has_feedback and not RULES[rule].head
-    init = partial(scaled_start, scale=b_scale) if has_matrix else None
+    init = None if b_scale is None else partial(scaled_start, scale=b_scale)
     net = DirectFeedback(model, points, rule, prepared(images.x_train[:2]), init=init)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     ]
-    if RULES[rule].learns:
+    if b_lr is not None:
         optimizers.append(torch.optim.Adam(net.feedback.parameters(), b_lr))
     steps = args.epochs * -(-len(images.x_train) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], lr, steps, cycle_momentum=False)
@@ -137,9 +140,9 @@ def train(name: str, rule: str, args: argparse.Namespace) -> dict[str, object]:
     angles = alignment(net, probe, images.y_train[:PROBE])
     right = accuracy(net, images.x_test, images.y_test)
     with torch.no_grad():
-        size = model[:-1].eval()(probe).abs().mean().item()
-    row: dict[str, object] = {"net": name, "rule": rule, "lr": lr, "b_lr": b_lr if RULES[rule].learns else ""}
-    row |= {"b_scale": b_scale if has_matrix else ""}
+        model.eval()
+        size = model[:-1](probe).abs().mean().item()
+    row: dict[str, object] = {"net": name, "rule": rule, "lr": lr, "b_lr": b_lr, "b_scale": b_scale}
     row |= {"epochs": args.epochs, "seed": args.seed, "images": "held out" if args.validation else "test"}
     row |= {"train_loss": round(total / seen, 4), "accuracy": round(right, 2)}
     row |= {
@@ -157,14 +160,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, help="of the weights, by SGD (default: SETTINGS)")
-    parser.add_argument("--b-lr", type=float, help="of B or the heads, by Adam, where the rule has one that learns")
-    parser.add_argument("--b-scale", type=float, help="factor on the random start of B")
+    parser.add_argument("--b-lr", type=float, help="of B or the heads, by Adam (default: SETTINGS)")
+    parser.add_argument("--b-scale", type=float, help="factor on B's random start (default: SETTINGS)")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder where CIFAR-10 is found and kept")
     parser.add_argument("--synthetic", action="store_true", help="the built-in set instead, to see that it runs")
     parser.add_argument("--validation", action="store_true", help="hold out 5,000 training images and test on them")
     parser.add_argument("--threads", type=int, help="of torch; by default as many as it takes")
     parser.add_argument("--csv", type=Path, help="file to which the rows are added")
     args = parser.parse_args()
+    for flag, given, place in (("--b-lr", args.b_lr, 1), ("--b-scale", args.b_scale, 2)):
+        if given is not None and any(SETTINGS["vgg11"][rule][place] is None for rule in args.rules):
+            parser.error(f"{flag}: not every one of {', '.join(args.rules)} has what it sets")
     reuse_memory()
     if args.threads:
         torch.set_num_threads(args.threads)

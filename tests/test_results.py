@@ -87,21 +87,27 @@ def test_alexnets_long_runs():
         assert row["training, %"] == f"{float(last['train_accuracy']):.2f}"
         assert row["training loss"] == f"{float(last['train_loss']):.3f}"
         assert row["test loss"] == f"{float(last['test_loss']):.3f}"
-    for row in table("docs/results-alexnet.md", "15 epochs at 64x64", 2):
+    angles = table("docs/results-alexnet.md", "15 epochs at 64x64", 2)
+    assert {row[""] for row in angles} == {mode for mode, _ in runs} - {"BP"}
+    for row in angles:
         last = runs[row.pop(""), 15]
-        assert row == {point: f"{float(last[f'alignment_deg_{point}']):.1f}" for point in row}
+        points = "conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2"
+        assert row == {point: f"{float(last[f'alignment_deg_{point}']):.1f}" for point in points}
 
 
 def test_step_times():
     for heading, file in (("What a step costs", "step_time_cpu.json"), ("Every rule", "step_time_cpu_rules.json")):
         rows = json.loads((RESULTS / file).read_text())["rows"]
         steps = {(f"{row['net']} {row['batch']}", row["way"], row["variant"]): row for row in rows}
+        seen = set()
         for row in table("docs/speed.md", heading):
             key = row.pop("net, batch"), SETTINGS[row.pop("memory format")]
+            seen |= {(*key, name) for name in ("BP", *row) if " / " not in name}
             assert row.pop("BP, ms") == f"{steps[*key, 'BP']['ms'][1]:.1f}"
             for name, cell in row.items():
                 variant, _, base = name.partition(" / ")
                 assert cell == f"{steps[*key, variant]['to_' + (base or 'BP')][1]:.3f}", (key, name)
+        assert seen - {(net, way, "BP, ms") for net, way, _ in steps} == steps.keys()
 
 
 def test_step_times_on_a_gpu():
@@ -111,14 +117,16 @@ def test_step_times_on_a_gpu():
     steps = {(f"{row['net']} {row['batch']}", row["way"], row["variant"]): row for row in rows}
     for row in table("docs/speed.md", "On a GPU"):
         key = row.pop("net, batch"), f"channels_last {row.pop('precision')} {row.pop('execution')}"
-        assert row.pop("BP, ms") == f"{steps[*key, 'BP']['ms'][1]:.2f}"
+        assert row.pop("BP, ms") == f"{steps.pop((*key, 'BP'))['ms'][1]:.2f}"
         for variant, cell in row.items():
-            assert cell == f"{steps[*key, variant]['to_BP'][1]:.2f}", (key, variant)
+            assert cell == f"{steps.pop((*key, variant))['to_BP'][1]:.2f}", (key, variant)
+    assert not steps
 
 
 def test_steps_over_several_processes():
     rows = json.loads((RESULTS / "pipeline_cpu.json").read_text())["rows"]
     steps = {(row["net"], row["micro_batches"], row["variant"]): row for row in rows}
+    seen = {key for key in steps if key[2] == "BP DDP"}
     for row in table("docs/speed.md", "The backward pass over several processes"):
         net, pieces = row.pop("net"), int(row.pop("micro-batches"))
         gpipe = steps[net, pieces, "BP GPipe"]
@@ -128,3 +136,5 @@ def test_steps_over_several_processes():
         for variant, cell in row.items():
             step = steps.get((net, pieces, variant))
             assert cell == (f"{step['to_gpipe'][1]:.2f}" if step else ""), (net, pieces, variant)
+        seen |= {(net, pieces, variant) for variant in ("BP GPipe", *row)}
+    assert steps.keys() <= seen
