@@ -4,7 +4,7 @@ Run:    python benchmarks/dkp_steps.py --data DIR --epochs 12 --channels-last --
 Every flag but --data goes to main.py. The best recipe stands beside three changes, a run each of seed 1:
 
     tied            B's learning rate follows W's one-cycle schedule, in place of a decay by 0.8 an epoch
-    tied, faster    the same from 1e-4 instead of 3e-5
+    tied-faster     the same from 1e-4 instead of 3e-5
     normalised      e^T h is divided by the running mean of ||e||^2, as in normalised least mean squares (Nagumo, Noda
                     1967), and B takes plain steps in place, tied to the schedule as well
 

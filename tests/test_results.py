@@ -138,3 +138,49 @@ def test_steps_over_several_processes():
             assert cell == (f"{step['to_gpipe'][1]:.2f}" if step else ""), (net, pieces, variant)
         seen |= {(net, pieces, variant) for variant in ("BP GPipe", *row)}
     assert steps.keys() <= seen
+
+
+def test_other_steps_of_dkp():
+    for row in table("docs/results-cifar10.md", "Other steps of DKP's B"):
+        name = row["B's steps"].partition(":")[0]
+        with open(RESULTS / "cifar10-dkp-steps" / f"{name}.csv", newline="") as file:
+            last = list(csv.DictReader(file))[11]
+        assert row["held out, %"] == f"{float(last['validation_accuracy']):.2f}"
+        assert row["training loss"] == f"{float(last['train_loss']):.3f}"
+        for point in ("conv1", "conv2", "fc1"):
+            assert row[f"signal {point}"] == f"{float(last[f'alignment_deg_{point}']):.1f}"
+
+
+def test_deeper_nets():
+    with open(RESULTS / "deep-nets" / "runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(RESULTS / "deep-nets" / "search.csv", newline="") as file:
+        tried = list(csv.DictReader(file))
+    runs = {(row["net"], row["rule"]): row for row in rows}
+    assert len(runs) == len(rows)
+    for heading, net in (("ResNet-20", "resnet20"), ("VGG-11", "vgg11")):
+        for row in table("docs/results-deep.md", heading):
+            run = runs.pop((net, row[""]))
+            assert settings_of(run) == settings_in(row["settings"]) and row["angles, degrees"] == run["angles"]
+            others = [other for other in tried if (other["net"], other["rule"]) == (net, row[""])]
+            assert row["settings"].endswith(f" of {len(others)}")
+            (same,) = [other for other in others if settings_of(other) == settings_of(run)]
+            assert row["held out after 1 epoch, %"] == f"{float(same['accuracy']):.2f}"
+            assert float(same["accuracy"]) == max(float(other["accuracy"]) for other in others)
+            assert row["test accuracy, %"] == f"{float(run['accuracy']):.2f}"
+            for name, key, digits in (("training loss", "train_loss", 3), ("last activation", "activation", 2)):
+                number = float(run[key])
+                assert row[name] == (f"{number:.{digits}f}" if number < 1000 else f"{number:.1e}")
+            assert row["seconds an epoch"] == f"{float(run['seconds']):.0f}"
+    assert not runs
+
+
+def settings_of(run):
+    return {flag: float(run[flag]) for flag in ("lr", "b_lr", "b_scale") if run[flag]}
+
+
+def settings_in(cell):
+    words = cell.split("`")[1].split()
+    return {
+        flag.strip("-").replace("-", "_"): float(value) for flag, value in zip(words[::2], words[1::2], strict=True)
+    }
