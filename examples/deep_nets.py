@@ -28,11 +28,9 @@ from training.data import load_images, normalise
 from training.machine import reuse_memory
 
 BATCH, PROBE = 128, 256
-Setting = tuple[float, float | None, float | None]
-SETTINGS: dict[
-    str, dict[str, Setting]
-] = {  # the learning rates of W and of B or the heads, and the factor on B's start:
-    "resnet20": {  # the best of two to eight after one epoch, on held-out images
+# the learning rates of W and of B or the heads, and the factor on B's start: best of two to eight on held-out images
+SETTINGS: dict[str, dict[str, tuple[float, float | None, float | None]]] = {
+    "resnet20": {
         "BP": (0.1, None, None),
         "LAS": (0.005, 3e-5, 0.0),
         "DKP": (0.002, 1e-5, 0.0),
