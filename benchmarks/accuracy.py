@@ -3,6 +3,7 @@
 Run:    python benchmarks/accuracy.py --data DIR --recipe original
         trains CIFAR-10's net; --net alexnet trains AlexNet on CIFAR-100
 Search: python benchmarks/accuracy.py --data DIR --search, then --recipe runs/NAME/recipe.json
+        --search best --epochs N begins at the best recipe instead of the original's settings
 Everything goes to a folder under runs/; where benchmarks/results has a sweep of that name, the last line compares both.
 Stop it with Ctrl-C; the same command goes on where it was, and several of them at once share the runs. Every flag that
 is not listed below goes to each run of the training script.
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import alexnet.main
 import main as convnet
 from feedback import RULES, learned_rules
-from training.arguments import Parser, positive_int, seed
+from training.arguments import RECIPES, Parser, positive_int, seed
 from training.checkpoint import NAMES
 from training.console import run_script
 from training.files import locked
@@ -122,6 +123,26 @@ def alexnet_stages(mode: str) -> list[list[Changes]]:
     return [weights, second.get(mode, more), beyond, last.get(mode, [{"--wd": "1e-3"}, {"--wd": "3e-3"}])]
 
 
+def steps_from(best: Changes, mode: str, script: ModuleType) -> list[list[Changes]]:
+    """What a search from the best recipe tries: the recipe itself and steps from it, seven runs for each rule.
+
+    W's learning rate first, with --fc-norm where the recipe is without; then its decay; then the learning rate of B
+    or heads and its schedule, where those are their own.
+    """
+    known = script.make_parser().parse_args(words(best))
+
+    def times(name: str, *factors: float) -> list[Changes]:
+        return [{f"--{name.replace('_', '-')}": f"{getattr(known, name) * factor:.2g}"} for factor in factors]
+
+    if not RULES[mode].learns:
+        return [[{}, *times("lr", 2, 1.4, 0.7, 0.5)], times("wd", 1 / 3, 3)]
+    weights = times("lr", 2, 0.5)
+    if not getattr(known, "fc_norm", True):
+        weights = [changes | {"--fc-norm": None} for changes in times("lr", 5, 2.5)]
+    gamma: Changes = {"--gamma": "0.8" if known.gamma == 1 else "1"}
+    return [[{}, *weights], times("wd", 1 / 3), times("b_lr", 3, 1 / 3), [gamma]]
+
+
 @dataclass(frozen=True)
 class Net:
     """What is swept over: a net, its script and data, and how a search of its settings goes.
@@ -181,7 +202,8 @@ def make_parser() -> Parser:
     add("--seeds", nargs="+", type=seed, metavar="N", help="default: 1 2 3; 1 for a search")
     add("--epochs", type=positive_int, metavar="N", help="of every run (default: 50, alexnet 90; of a search 3 and 1)")
     add("--recipe", default="best", help="best, original, or a recipe.json that a search wrote (default: best)")
-    add("--search", action="store_true", help="find settings for each rule; the test images choose nothing")
+    start: dict[str, Any] = {"nargs": "?", "const": "original", "choices": NAMED, "metavar": "START"}
+    add("--search", **start, help="find settings for each rule, from original, or best; no test image chooses any")
     add("--name", help="of the folder under runs/ (default: DATASET-RECIPE-N-epochs)")
     add("--quick", action="store_true", help="two epochs of a tiny set in a folder of their own, to see that it runs")
     return parser
@@ -192,6 +214,19 @@ def words(changes: Changes) -> list[str]:
     return [word for pair in changes.items() for word in pair if word is not None]
 
 
+def stages_of(mode: str, args: Namespace) -> list[list[Changes]]:
+    """What the search tries for `mode`, stage by stage."""
+    net = NETS[args.net]
+    return net.stages(mode) if args.search == "original" else steps_from(best_settings(mode, net), mode, net.script)
+
+
+def best_settings(mode: str, net: Net) -> Changes:
+    """The best recipe's flags, but for those of every run."""
+    flags = " ".join(json.loads(RECIPES.read_text())[net.model]["best"][mode]).split("--")[1:]
+    pairs = (flag.strip().partition(" ") for flag in flags)
+    return {f"--{name}": value or None for name, _, value in pairs if f"--{name}" not in net.flags}
+
+
 def search_runs(mode: str, folder: Path, args: Namespace, flags: Sequence[str]) -> list[Run]:
     """The runs of `mode` in a search, as far as they can be known: to the first stage that is not over.
 
@@ -199,15 +234,15 @@ def search_runs(mode: str, folder: Path, args: Namespace, flags: Sequence[str]) 
     """
     settings: dict[str, Changes] = {}
     runs: list[Run] = []
-    for stage in NETS[args.net].stages(mode):
-        base: Changes = {}
+    for stage in stages_of(mode, args):
+        base = best_settings(mode, NETS[args.net]) if args.search == "best" else {}
         if runs:
             best = best_outcomes(outcomes_of(runs, folder, args)).get(mode)
             if best is None or not all(is_over(folder / run.name, args.epochs) for run in runs):
                 break
             base = settings[best.recipe]
         for changes in stage:
-            name = "-".join(words(changes)).replace("--", "")
+            name = "-".join(words(changes)).replace("--", "") or "best-itself"
             settings[name] = base | changes
             runs += [Run(mode, seed, name, tuple(words(settings[name])), tuple(flags)) for seed in args.seeds]
     return runs
@@ -527,19 +562,19 @@ def main(argv: list[str] | None = None) -> int:
     net = NETS[args.net]
     args.modes = list(dict.fromkeys(args.modes))
     args.seeds = list(dict.fromkeys(args.seeds or ([1] if args.search else [1, 2, 3])))
-    args.epochs = args.epochs or net.epochs[args.search]
+    args.epochs = args.epochs or net.epochs[bool(args.search)]
     for flag in flags:
         if flag.partition("=")[0] in OF_THE_SWEEP:
             parser.error(f"{flag} is for the sweep itself to give to {net.script.make_parser().prog}")
     if args.search:
         for flag in {
-            flag for mode in args.modes for stage in net.stages(mode) for changes in stage for flag in changes
+            flag for mode in args.modes for stage in stages_of(mode, args) for changes in stage for flag in changes
         }:
             if any(given.partition("=")[0] == flag for given in flags):
                 parser.error(f"{flag} is what a search tries")
         if args.recipe != "best":
             parser.error("--recipe does not go with --search: a search finds one")
-    kind = "search" if args.search else Path(args.recipe).stem
+    kind = {None: Path(args.recipe).stem, "original": "search", "best": "search-from-best"}[args.search]
     args.name = args.name or f"{net.dataset}-{kind}-{plural(args.epochs, 'epoch').replace(' ', '-')}"
     with tempfile.TemporaryDirectory() if args.quick else nullcontext() as scratch:
         folder = RUNS / args.name
@@ -548,7 +583,7 @@ def main(argv: list[str] | None = None) -> int:
             images: Mapping[str, Any] = synthetic_images(net.classes, 64, 32)
             np.savez(args.data / f"{net.dataset}.npz", **images)
             args.seeds, args.epochs = args.seeds[:2], 2
-        in_all = sum(len(stage) for mode in args.modes for stage in net.stages(mode)) * len(args.seeds)
+        in_all = sum(len(stage) for mode in args.modes for stage in stages_of(mode, args)) * len(args.seeds)
         runs: list[Run] = []
         while not runs or args.search:
             before = runs

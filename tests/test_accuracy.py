@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import struct
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import held_by_another_process
 
 import main
 from feedback import RULES
+from training.arguments import RECIPES
 from training.synthetic import synthetic_images
 
 
@@ -154,10 +156,14 @@ def test_a_run_that_blows_up_is_counted_and_not_tried_again(sweep, trained):
     )
 
 
-def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(accuracy, sweep, trained, capsys):
-    found = sweep("--search", "--modes", "FA", "DKP", "--log-interval", 3, name="search")
-    assert len(trained) == 10 == len(set(trained))
-    assert "run 10/10" in capsys.readouterr().out
+@pytest.mark.parametrize(("start", "runs"), [("original", 5), ("best", 7)])
+def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(
+    accuracy, sweep, trained, capsys, start, runs
+):
+    flag = ("--search",) if start == "original" else ("--search", start)
+    found = sweep(*flag, "--modes", "FA", "DKP", "--log-interval", 3, name="search")
+    assert len(trained) == 2 * runs == len(set(trained))
+    assert f"run {2 * runs}/{2 * runs}" in capsys.readouterr().out
     assert all(not any(key.startswith("test_") for key in row) for row in rows(found))
     recipe = json.loads((found / "recipe.json").read_text())
     for mode in ("FA", "DKP"):
@@ -170,14 +176,16 @@ def test_a_search_chooses_on_held_out_training_images_and_its_recipe_can_be_run(
         assert recipe[mode][:2] == ["--batch-size", "50"]
         assert (best, " ".join(recipe[mode][2:])) in accuracies.values()
         tried = []
-        for stage in accuracy.NETS["convnet"].stages(mode):  # each on the best settings of the stages before
+        words = json.loads(RECIPES.read_text())["ConvNet"]["best"][mode] if start == "best" else []
+        begin = settings_of(" ".join(words[2:]))
+        for stage in accuracy.stages_of(mode, Namespace(net="convnet", search=start)):
             base = max(tried, key=lambda name: (accuracies[name][0], name), default=None)
-            before = settings_of(accuracies[base][1]) if base else {}
+            before = settings_of(accuracies[base][1]) if base else begin  # each on the best of the stages before
             for changes in stage:
                 expected = before | changes
                 (name,) = (n for n, (_, s) in accuracies.items() if settings_of(s) == expected and n not in tried)
                 tried.append(name)
-        assert len(tried) == 5 == len(accuracies)
+        assert len(tried) == runs == len(accuracies)
     results = sweep("--recipe", found / "recipe.json", "--modes", "DKP", "--seeds", 4, name="best")
     assert {row["recipe"] for row in rows(results)} == {"recipe"} and (results / "accuracy.png").exists()
 
@@ -211,14 +219,17 @@ def test_a_signal_of_zeros_has_no_angle_in_the_table(sweep):
     )
 
 
-@pytest.mark.parametrize(("net", "runs"), [("convnet", 10), ("alexnet", 8)])
-def test_a_search_has_as_many_runs_for_every_rule_and_its_script_takes_them_all(accuracy, net, runs):
-    net = accuracy.NETS[net]
+@pytest.mark.parametrize(
+    ("start", "net", "runs"),
+    [("original", "convnet", 10), ("original", "alexnet", 8), ("best", "convnet", 7), ("best", "alexnet", 7)],
+)
+def test_a_search_has_as_many_runs_for_every_rule_and_its_script_takes_them_all(accuracy, start, net, runs):
     for mode in RULES:
-        changes = [change for stage in net.stages(mode) for change in stage]
+        changes = [change for stage in accuracy.stages_of(mode, Namespace(net=net, search=start)) for change in stage]
         assert len(changes) == runs
         for change in changes:
-            net.script.parse_arguments(["--recipe", "original", "--train-mode", mode, *accuracy.words(change)])
+            argv = ["--recipe", start, "--train-mode", mode, *accuracy.words(change)]
+            accuracy.NETS[net].script.parse_arguments(argv)
 
 
 def test_a_reproduction_is_compared_with_what_is_committed_in_one_line(accuracy, sweep, tmp_path, capsys):
