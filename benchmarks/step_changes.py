@@ -34,7 +34,7 @@ def all_at_once(net: DirectFeedback, x: Tensor, target: Tensor | None = None) ->
     logits, activations = net.tapped_forward(x, cut=True)
     lr, decay = net.feedback_lr, net.feedback_weight_decay
     return direct_feedback(
-        logits, activations, net.matrices(), rule=net.rule, inplace_lr=lr, inplace_weight_decay=decay
+        logits, list(activations.values()), net.matrices(), rule=net.rule, inplace_lr=lr, inplace_weight_decay=decay
     )
 
 

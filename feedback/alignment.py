@@ -3,6 +3,7 @@
 Shapes: N batch, K classes, D features of one block.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -36,7 +37,8 @@ def alignment(
 
     - `alignment_deg`: degrees between the rule's signal (e @ B_l, or what FA, KP or a head send down) and dL/dh_l, per
       sample, averaged over the samples whose two signals are not zero (Lillicrap et al. 2016 use this angle; 90 is
-      chance, 0 is backpropagation). NaN where all are zero, and at a point whose block has nothing to train.
+      chance, 0 is backpropagation). NaN where all are zero, at a point whose block has nothing to train, and at a point
+      that the pass left out.
     - `logit_cosine`: the mean cosine between the logits and h_l @ B_l^T, which the original code of DKP logs as
       "cos_alignment"; not an angle between gradients. NaN for BP, FA, KP, HEAD and LOCAL, which have no such B. With
       positions, the readout is taken to those of the logits.
@@ -58,41 +60,45 @@ def alignment(
     """
     parameters = {name: p for name, p in net.model.named_parameters() if p.requires_grad}
     has_matrices = not (RULES[net.rule].chained or RULES[net.rule].head)
-    matrices = [B.detach() for B in net.matrices()] if has_matrices else []
+    matrices = dict(zip(net.points, (B.detach() for B in net.matrices()), strict=True)) if has_matrices else {}
+    dims = dict(zip(net.points, net.feature_dims, strict=True))
 
-    def gradients(by_rule: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def gradients(by_rule: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Logits, activations, and the gradients of activations and parameters; zeros for one that gets none."""
+        layerwise = RULES[net.rule].layerwise  # backpropagation by the rule's own operations: the dropout is the same
         with untouched(net if RULES[net.rule].head else net.model), torch.enable_grad():
-            logits, activations = net.tapped_forward(x, cut=by_rule)
+            logits, activations = net.tapped_forward(x, by_rule or layerwise, exact=not by_rule, missing=net.missing)
             routed = logits
             if by_rule and RULES[net.rule].head:
                 labels = cast(Labels, net.labels_of(target))
                 routed = net.route(logits, net.head_empties(activations, labels), labels)
             if by_rule and matrices:
                 options: dict[str, Any] = {"class_dim": net.class_dim, "positions": net.positions, "loss": net.loss}
-                options["feature_dims"] = net.feature_dims
-                routed = direct_feedback(logits, activations, matrices, rule=net.rule, target=target, **options)
-            tensors = [*activations, *parameters.values()]
-            learning = [tensor for tensor in tensors if tensor.requires_grad]
-            loss = loss_fn(routed, target)
-            grads = iter(torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True))
-        return logits.detach(), activations, [next(grads) if t.requires_grad else torch.zeros_like(t) for t in tensors]
+                options["feature_dims"] = [dims[point] for point in activations]
+                reached = [matrices[point] for point in activations]
+                h = list(activations.values())
+                routed = direct_feedback(logits, h, reached, rule=net.rule, target=target, **options)
+            tensors = activations | parameters
+            learning = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+            options = {"allow_unused": True, "materialize_grads": True}
+            grads = torch.autograd.grad(loss_fn(routed, target), list(learning.values()), **options)
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        return logits.detach(), activations, zeros | dict(zip(learning, grads, strict=True))
 
     _, _, rule_grads = gradients(by_rule=True)
     logits, activations, bp_grads = gradients(by_rule=False)
     logits_NPK = logits.movedim(net.class_dim, -1)
-    result = {}
-    for i, (point, h) in enumerate(zip(net.points, activations, strict=True)):
-        rule_ND, bp_ND = (as_rows(grads[i], channels_last=False).float() for grads in (rule_grads, bp_grads))
-        cosine = float("nan")
+    result = {point: {"alignment_deg": math.nan, "logit_cosine": math.nan} for point in net.points}
+    for point, h in activations.items():
+        rule_ND, bp_ND = (as_rows(grads[point], channels_last=False).float() for grads in (rule_grads, bp_grads))
+        result[point]["alignment_deg"] = angle_deg(rule_ND, bp_ND).nanmean().item()
         if matrices:
-            feedback_KD = as_rows(matrices[i], channels_last=False).float()
-            seen = features_last(h.detach(), net.feature_dims[i], net.positions)
+            feedback_KD = as_rows(matrices[point], channels_last=False).float()
+            seen = features_last(h.detach(), dims[point], net.positions)
             seen = as_rows(seen, channels_last=False) if net.positions is None else seen
             readout = to_positions(seen.float() @ feedback_KD.T, logits_NPK.shape[1:-1])
-            cosine = F.cosine_similarity(logits_NPK.float(), readout, dim=-1).mean().item()
-        result[point] = {"alignment_deg": angle_deg(rule_ND, bp_ND).nanmean().item(), "logit_cosine": cosine}
-    of_parameters = (grads[len(activations) :] for grads in (rule_grads, bp_grads))
-    for name, rule, bp in zip(parameters, *of_parameters, strict=True):
-        result[name] = {"parameter_deg": angle_deg(rule.reshape(1, -1).float(), bp.reshape(1, -1).float()).item()}
+            result[point]["logit_cosine"] = F.cosine_similarity(logits_NPK.float(), readout, dim=-1).mean().item()
+    for name in parameters:
+        rule, bp = (grads[name].reshape(1, -1).float() for grads in (rule_grads, bp_grads))
+        result[name] = {"parameter_deg": angle_deg(rule, bp).item()}
     return result

@@ -1,6 +1,7 @@
 """What is refused, with a message that says what was got and what is expected."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,20 @@ def refuse_large(error: Tensor) -> None:
         )
 
 
+def warn_of_other_loss(error: Tensor, logits: Tensor, class_dim: int, labels: Labels) -> None:
+    """Warn if e (N, *P, K) is no multiple of the gradient of the loss by which the labels are read."""
+    error_NPK, logits_NPK = error.movedim(class_dim, -1), logits.movedim(class_dim, -1)
+    labels = labels._replace(shape=tuple(error_NPK.shape[:-1]))
+    _, is_multiple = labels.scale_of(error_NPK.flatten(0, -2), logits_NPK.flatten(0, -2))
+    if not is_multiple:
+        known = "cross-entropy" if labels.loss is None else "`loss`"
+        warnings.warn(
+            f"the error at the logits is no multiple of the gradient of {known}: where the training loss is scaled, as"
+            " by a GradScaler, what is computed from the labels is not. Pass it as loss=, or do not scale it",
+            stacklevel=2,
+        )
+
+
 def check_logits(logits: Any, class_dim: int | None) -> None:
     """Raise ValueError unless `logits` is a Tensor (N, ...) with classes in dimension `class_dim`, not the first."""
     if not isinstance(logits, Tensor) or logits.dim() < 2:
@@ -82,6 +97,8 @@ def check_logits(logits: Any, class_dim: int | None) -> None:
 
 def check_labels(labels: Labels, shape: Sequence[int]) -> None:
     """Raise ValueError unless the labels are for logits of `shape`, (N, *P, K)."""
+    if shape[-1] != labels.classes:
+        raise ValueError(f"the logits have {shape[-1]} classes, expected {labels.classes} as at construction")
     if labels.shares is not None and labels.shares.shape != tuple(shape):
         got, expected = tuple(labels.target.shape), tuple(shape)
         raise ValueError(f"target has shape {got}, expected a label or probabilities for logits (N, ..., K) {expected}")
@@ -100,7 +117,10 @@ def check_tap(point: str, h: Any, reached: bool, cut: bool) -> None:
             " call a module of its own"
         )
     if cut and not torch.is_grad_enabled():
-        raise ValueError(f"feedback point {point!r} runs without gradients: checkpoint it with use_reentrant=False")
+        raise ValueError(
+            f"feedback point {point!r} runs without gradients, expected them: no torch.no_grad() around it, and"
+            " checkpoint it with use_reentrant=False"
+        )
 
 
 def check_taps(points: Sequence[str], taps: dict[str, tuple[Tensor, int]], unchanged: bool, missing: str) -> None:
@@ -116,23 +136,23 @@ def check_taps(points: Sequence[str], taps: dict[str, tuple[Tensor, int]], uncha
         h, then = taps[point]
         if unchanged and then != version(h):
             raise ValueError(
-                f"the output of feedback point {point!r} was changed in place further up, expected it as it was:"
-                " make that operation not in place, or move the point behind it"
+                f"the output of feedback point {point!r} was changed in place further up, or by its head, expected it"
+                " as it was: make that operation not in place, or move the point behind it"
             )
 
 
-def check_below(points: Sequence[str], activations: Sequence[Tensor], logits: Tensor) -> None:
+def check_below(activations: Mapping[str, Tensor], logits: Tensor) -> None:
     """Raise ValueError where a point returns the logits."""
-    for point, h in zip(points, activations, strict=True):
+    for point, h in activations.items():
         if h is logits:
             raise ValueError(f"feedback point {point!r} returns the logits: expected a point below the last layer")
 
 
-def check_signals(model: nn.Module, points: Sequence[str], activations: Sequence[Tensor]) -> None:
+def check_signals(model: nn.Module, activations: Mapping[str, Tensor]) -> None:
     """Raise ValueError where nothing below a point, down to the next, learns; frozen parameters may be why, and may."""
     if not all(parameter.requires_grad for parameter in model.parameters()):
         return
-    for point, h in zip(points, activations, strict=True):
+    for point, h in activations.items():
         if not h.requires_grad:
             raise ValueError(
                 f"nothing learns from feedback point {point!r}: expected parameters under it, down to the next"
@@ -140,9 +160,9 @@ def check_signals(model: nn.Module, points: Sequence[str], activations: Sequence
             )
 
 
-def check_shapes(points: Sequence[str], activations: Sequence[Tensor], batch: int) -> None:
+def check_shapes(activations: Mapping[str, Tensor], batch: int) -> None:
     """Raise ValueError unless the activation at each point is (`batch`, ...)."""
-    for point, h in zip(points, activations, strict=True):
+    for point, h in activations.items():
         check_point(h, h.new_empty(1, *h.shape[1:]), batch, 1, f" {point!r}")
 
 

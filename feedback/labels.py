@@ -23,7 +23,7 @@ class Labels(NamedTuple):
     """The labels of a batch, as one point or the logits see them; from `labels_of`.
 
     Attributes:
-        target: as the loss takes it: class ids (N, *P), or by default also probabilities in the logits' shape.
+        target: as the loss takes it: for cross-entropy class ids (N, *P), or probabilities in the logits' shape.
         classes: K.
         class_dim: of the logits.
         loss: maps logits and target to the mean loss; None for cross-entropy.
@@ -33,7 +33,7 @@ class Labels(NamedTuple):
         scale: 0-d, the factor by which the training loss is scaled, 1 if None.
     """
 
-    target: Tensor
+    target: Any
     classes: int
     class_dim: int
     loss: Loss | None
@@ -60,28 +60,26 @@ class Labels(NamedTuple):
             (error,) = torch.autograd.grad(self.loss(logits, self.target), logits)
         return self.scaled(error.movedim(self.class_dim, -1))
 
-    def scale_of(self, error_NK: Tensor, logits_NK: Tensor) -> Tensor:
-        """0-d: c where the error at the logits is c times the gradient of the loss; 1 where it is no multiple of it.
+    def scale_of(self, error_NK: Tensor, logits_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c and whether the error at the logits is c times the gradient of the loss, c >= 0; both 0-d, c else 1.
 
         A loss divided for gradient accumulation has one, and whatever is computed from the labels gets it too.
         """
         expected = self.error_of(logits_NK).double().flatten()  # so that no square underflows
         error = error_NK.double().flatten()
         along, squares = error @ expected, expected @ expected
-        is_multiple = along > PARALLEL * (squares * (error @ error)).sqrt()
-        return torch.where(is_multiple, along / squares, 1.0)
+        is_multiple = along >= PARALLEL * (squares * (error @ error)).sqrt()
+        return torch.where(is_multiple & (squares > 0), along / squares, 1.0), is_multiple
 
 
-def labels_of(
-    target: Tensor, classes: int, dtype: torch.dtype, class_dim: int = -1, loss: Loss | None = None
-) -> Labels:
+def labels_of(target: Any, classes: int, dtype: torch.dtype, class_dim: int = -1, loss: Loss | None = None) -> Labels:
     """The labels of a batch, with what is computed of them in `dtype`, float32 or float64.
 
     Raises:
         ValueError: for cross-entropy, a target that is neither class ids nor probabilities.
     """
     if loss is not None:
-        return Labels(target.detach(), classes, class_dim, loss, None, [])
+        return Labels(target.detach() if isinstance(target, Tensor) else target, classes, class_dim, loss, None, [])
     check_target(target, classes, class_dim)
     target = target.detach()
     if target.is_floating_point():

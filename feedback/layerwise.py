@@ -91,15 +91,24 @@ def layer_feedback(layer: nn.Module, x: Tensor, out: Tensor, feedback: Tensor) -
     return LayerFeedbackFunction.apply(convolution, out.detach(), x, weight, layer.bias, feedback)
 
 
-def fed_back(layer: nn.Module, name: str, inputs: tuple, named: dict[str, Any], out: Any, feedback: nn.Module) -> Any:
+def fed_back(
+    layer: nn.Module, name: str, inputs: tuple, named: dict[str, Any], out: Any, feedback: nn.Module | None
+) -> Any:
     """What a layer's forward hook returns: its output by way of B, or None where the layer has no B.
 
     nn.MultiheadAttention runs a second time for it: nothing it returns leads back to what its weights multiply.
+    Without `feedback` each weight is its own B, which is backpropagation.
 
     Raises:
-        ValueError: a weight has no B, and what it multiplies needs a gradient.
+        ValueError: a weight has no B, and what it multiplies needs a gradient; or the layer has other weights than when
+            it was wrapped, as by pruning.
     """
-    matrices = {key: getattr(feedback, feedback_name(key), None) for key in weights_of(name, layer)}
+    weights = weights_of(name, layer)
+    if not weights:
+        raise ValueError(f"layer {name!r} has other weights than when it was wrapped: wrap the model again")
+    matrices: dict[str, Tensor | None] = {key: weight.detach() for key, weight in weights.items()}
+    if feedback is not None:
+        matrices = {key: getattr(feedback, feedback_name(key), None) for key in weights}
     if isinstance(layer, nn.MultiheadAttention):
         return attention(layer, functools.partial(project, layer, name, matrices), *inputs, **named)
     x, B = input_of(inputs, named), matrices[name]

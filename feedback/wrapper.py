@@ -39,6 +39,7 @@ class _Pass(NamedTuple):
     empties: list[Tensor] | None = None  # of the points, so far
     labels: Labels | None = None
     derivative: list[Tensor] | None = None  # of the logits along the perturbations of FDFA, when it is known
+    exact: bool = False  # by FA and KP: each layer's B is its weight, which is backpropagation
 
     def again(self) -> "_Pass":
         """One like this, that has not begun."""
@@ -79,6 +80,7 @@ class _Hooks:
         self.found_inf: Tensor | None = None
         self.under_way: _Pass | None = None
         self.last: _Pass | None = None  # without its tensors but the labels
+        self.backwards = 0  # passes in which e was seen
         self.owner: weakref.ref[DirectFeedback] | None = None
 
     def current_pass(self) -> _Pass | None:
@@ -143,7 +145,19 @@ class _Hooks:
         under_way = self.current_pass()
         if under_way is None or not under_way.cut:
             return None
-        return fed_back(layer, name, inputs, named, out, self.feedback)
+        return fed_back(layer, name, inputs, named, out, None if under_way.exact else self.feedback)
+
+    def look_at_error(
+        self, logits: Tensor, class_dim: int, labels: Labels | None, in_place: bool, error: Tensor
+    ) -> None:
+        """Check e in the 1st, 10th, 100th ... backward pass: on a GPU, to read it back is a synchronisation."""
+        self.backwards += 1
+        if str(self.backwards).strip("0") != "1":
+            return
+        if in_place:
+            checks.refuse_large(error)
+        if labels is not None:
+            checks.warn_of_other_loss(error, logits, class_dim, labels)
 
 
 class DirectFeedback(nn.Module):
@@ -164,9 +178,9 @@ class DirectFeedback(nn.Module):
     over `net.feedback.parameters()`; `update="inplace"` steps B_l inside the backward pass by plain SGD with
     `feedback_lr` and `feedback_weight_decay`, and needs no memory beyond B but, on a GPU, for one point's product at a
     time. In place, each backward pass is a step of B: with gradient accumulation B steps once per micro-batch. A loss
-    scaled by a factor scales the step too, and so would a GradScaler: the first backward pass refuses an error as large
-    as one makes it. FDFA and heads learn by `.grad` alone. FDFA's does not depend on the loss: each
-    backward pass adds a whole one.
+    scaled by a factor scales the step too, and so would a GradScaler: the first backward pass refuses an error above 4,
+    as one makes it with less than some 16,000 images or positions. FDFA and heads learn by `.grad` alone. FDFA's does
+    not depend on the loss: each backward pass adds a whole one.
 
     Logits may have positions, as tokens (N, T, K) or pixels (N, K, H, W). B_l is (K, D) then, for all positions of
     h_l, (N, T, D) or (N, D, H, W), and the error at a position goes to h_l at that position. Where h_l has others, it
@@ -194,7 +208,7 @@ class DirectFeedback(nn.Module):
         feedback_weight_decay: weight decay of B in place, as in `torch.optim.SGD`.
         loss: by which LAS's readouts and heads learn, of logits and target, a mean; by default cross-entropy. The
             factor by which the training loss is scaled, as when it is divided for gradient accumulation, is found in
-            each backward pass and need not be in it. Not for torch.compile.
+            each backward pass and need not be in it; a warning says where there is none. Not for torch.compile.
         head: for HEAD and LOCAL, makes a point's head from an h_l and K: a module that maps h_l to logits, the classes
             last; by default `feedback.heads.default_head`.
         init: fills B in place. It gets B_l as a (K, D_l) float matrix, or for FA and KP as (O, D). The default is
@@ -218,6 +232,8 @@ class DirectFeedback(nn.Module):
             on both sides of a point; for FA and KP, what `feedback.transport.feedback_layers` refuses. In training, a
             model that computes a loss of its logits itself, or is called without its wrapper.
     """
+
+    loss: Loss | None
 
     def __init__(
         self,
@@ -252,12 +268,11 @@ class DirectFeedback(nn.Module):
         self.points = tuple(points)
         self.rule = rule
         self.update = update
-        self.loss = loss
+        object.__setattr__(self, "loss", loss)  # a Module is no part of the wrapper, nor of its state dict
         self.missing = missing
         self.allow_skips = allow_skips
         self._feedback_lr = feedback_lr
         self._logits = logits
-        self._seen_error = False
         self._known = modules_with_parameters(model)
         self._hooks = hooks = _Hooks(rule, *rates, group)
         self.feedback = hooks.feedback
@@ -270,9 +285,9 @@ class DirectFeedback(nn.Module):
         self._handles = _Handles(model.get_submodule(point).register_forward_hook(tap) for point, tap in taps.items())
         try:
             with self._looking(torch.no_grad()):
-                out, activations = self.tapped_forward(example, cut=False)
+                out, by_point = self.tapped_forward(example, cut=False)
             if classes is None:
-                checks.check_below(self.points, activations, out)
+                checks.check_below(by_point, out)
             else:
                 out = out.new_empty(len(out), classes)
             checks.check_logits(out, class_dim)
@@ -282,8 +297,7 @@ class DirectFeedback(nn.Module):
             self._classes = out.shape[self.class_dim]
             if positions == "own" and out.dim() == 2:
                 raise ValueError('positions is "own", expected "pooled" or None: the logits (N, K) have no positions')
-            checks.check_shapes(self.points, activations, len(out))
-            by_point = dict(zip(self.points, activations, strict=True))
+            checks.check_shapes(by_point, len(out))
             if out.dim() > 2 and (RULES[rule].perturbs or (RULES[rule].head and head is None)):
                 own = ", or a head of your own" if RULES[rule].head else ""
                 raise ValueError(f"the logits {tuple(out.shape)} have positions, expected (N, K) for rule {rule}{own}")
@@ -333,8 +347,8 @@ class DirectFeedback(nn.Module):
     def _check_paths(self, example: Any) -> None:
         with self._looking(torch.enable_grad()):
             out, activations = self.tapped_forward(example, cut=True)
-            checks.check_signals(self.model, self.points, activations)
-            ends = dict(zip((*self.points, LOGITS), (*activations, out), strict=True))
+            checks.check_signals(self.model, activations)
+            ends = activations | {LOGITS: out}
             check_skips(self.model, lambda: logits_in(self._call(example), self._logits), ends)
 
     def _call(self, example: Any) -> Any:
@@ -401,13 +415,13 @@ class DirectFeedback(nn.Module):
     def found_inf(self, value: Tensor) -> None:
         self._hooks.found_inf = value
 
-    def forward(self, *inputs: Any, target: Tensor | None = None, **named: Any) -> Any:
+    def forward(self, *inputs: Any, target: Any = None, **named: Any) -> Any:
         """Return what the model returns for these inputs.
 
         Args:
             inputs, named: the model's, all but `target`.
             target: what the loss takes beside the logits: class ids (N, ...), or -100 to ignore one; or a probability
-                for each logit. LAS, DRTP, HEAD and LOCAL need it to train; other rules ignore it.
+                for each logit; with `loss` anything. LAS, DRTP, HEAD and LOCAL need it to train; other rules ignore it.
 
         Raises:
             ValueError: as the class does, and in training without a target that the rule needs.
@@ -439,9 +453,11 @@ class DirectFeedback(nn.Module):
             checks.refuse_float16(routed, checks.FLOAT16_FDFA)
         if self.update == "inplace":
             checks.refuse_float16(routed, checks.FLOAT16_IN_PLACE)
-            if not (self._seen_error or torch.compiler.is_compiling() or is_capturing(routed)):  # reads e back: once
-                routed.register_hook(checks.refuse_large)
-                self._seen_error = True
+        in_place = self.update == "inplace"
+        eager = not (torch.compiler.is_compiling() or is_capturing(routed))
+        if (in_place or labels is not None) and eager and routed.requires_grad:
+            look = functools.partial(self._hooks.look_at_error, routed.detach(), self.class_dim, labels, in_place)
+            routed.register_hook(look)
         return with_logits(out, self._logits, routed)
 
     def route(self, logits: Tensor, empties: Sequence[Tensor], labels: Labels | None) -> Tensor:
@@ -453,12 +469,12 @@ class DirectFeedback(nn.Module):
             labels.positions[:] = shape[1:-1]
         return broadcast_error(logits, empties, self.class_dim, labels)
 
-    def head_empties(self, activations: Sequence[Tensor], labels: Labels) -> list[Tensor]:
+    def head_empties(self, activations: Mapping[str, Tensor], labels: Labels) -> list[Tensor]:
         """The empties of each point's h_l that its head makes."""
-        made = (self._hooks.empties_of(point, h, labels) for point, h in zip(self.points, activations, strict=True))
+        made = (self._hooks.empties_of(point, h, labels) for point, h in activations.items())
         return [empty for empties in made for empty in empties]
 
-    def labels_of(self, target: Tensor | None) -> Labels | None:
+    def labels_of(self, target: Any) -> Labels | None:
         """The labels of a batch, for a rule that reads them.
 
         Raises:
@@ -484,15 +500,18 @@ class DirectFeedback(nn.Module):
         under_way = _Pass(cut=True, taps={}, empties=empties, labels=labels, derivative=derivative)
         return self._run(under_way, inputs, named), empties
 
-    def tapped_forward(self, example: Any, cut: bool) -> tuple[Tensor, list[Tensor]]:
-        """Run the model on an input as the example; return its logits and each point's h_l.
+    def tapped_forward(
+        self, example: Any, cut: bool, exact: bool = False, missing: str = "refuse"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the model on an input as the example; return its logits and the h_l of each point that it reached.
 
         With `cut`, build the graph that the rule trains with: h_l is detached; by FA and KP the gradient passes through
-        B; by BP nothing changes.
+        B, or if `exact` through the weights, by the same operations; by BP nothing changes.
         """
-        under_way = _Pass(cut=cut, taps={})
-        out = self._run(under_way, *arguments(example), missing="refuse")
-        return logits_in(out, self._logits), [under_way.taps[point][0] for point in self.points]
+        under_way = _Pass(cut=cut, taps={}, exact=exact)
+        out = self._run(under_way, *arguments(example), missing=missing)
+        reached = {point: under_way.taps[point][0] for point in self.points if point in under_way.taps}
+        return logits_in(out, self._logits), reached
 
     def _run(self, under_way: _Pass, inputs: tuple, named: dict[str, Any], missing: str | None = None) -> Any:
         self._hooks.under_way = under_way

@@ -1,6 +1,7 @@
 """Models that are called in any way and return anything, and those that a wrapper has to prepare."""
 
 import copy
+import math
 import pickle
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
@@ -334,6 +335,17 @@ def test_a_block_that_a_pass_leaves_out_learns_nothing(rule, options):
     assert model.blocks[1][0].weight.grad.any()
 
 
+@each("BP", "FA", "DFA", "DKP-optimizer", "LAS-optimizer", "DRTP", "LOCAL")
+def test_a_point_that_a_pass_leaves_out_has_no_angle_and_the_others_theirs(rule, options):
+    model = Dropped().double()
+    net = DirectFeedback(model, ["blocks.0", "blocks.1", "blocks.2"], rule, X[:2], missing="skip", **options)
+    model.dropped = (1,)
+    result = alignment(net, X, Y)
+    assert {name for name in net.points if math.isnan(result[name]["alignment_deg"])} == {"blocks.1"}
+    assert math.isnan(result["blocks.1.0.weight"]["parameter_deg"])
+    assert result["head.weight"]["parameter_deg"] < 1e-3
+
+
 def test_a_block_that_is_left_out_is_refused_by_default_and_in_the_example():
     model = Dropped().double()
     net = DirectFeedback(model, ["blocks.0", "blocks.1"], "DFA", X[:2])
@@ -346,6 +358,7 @@ def test_a_block_that_is_left_out_is_refused_by_default_and_in_the_example():
         DirectFeedback(model, ["blocks.0"], "DFA", X[:2], missing="ignore")
 
 
+@pytest.mark.filterwarnings("ignore:the error at the logits is no multiple")
 @each()
 def test_the_logits_may_be_changed_in_place(rule, options):
     grads = []

@@ -32,7 +32,7 @@ def readout_gradients(net, x, y):
     matrices = [B.detach().clone().requires_grad_() for B in net.matrices()]
     losses = [
         F.cross_entropy(torch.einsum("n...,k...->nk", h.detach(), B), y)
-        for h, B in zip(activations, matrices, strict=True)
+        for h, B in zip(activations.values(), matrices, strict=True)
     ]
     return torch.autograd.grad(sum(losses), matrices)
 
@@ -77,7 +77,8 @@ def test_inplace_update_equals_sgd_step_for_step(build):
 def test_the_function_takes_the_target():
     net, x, y = mlp()
     logits, activations = net.tapped_forward(x, cut=True)
-    F.cross_entropy(direct_feedback(logits, activations, net.matrices(), rule="LAS", target=y), y).backward()
+    routed = direct_feedback(logits, list(activations.values()), net.matrices(), rule="LAS", target=y)
+    F.cross_entropy(routed, y).backward()
     for B, value in zip(net.matrices(), readout_gradients(net, x, y), strict=True):
         torch.testing.assert_close(B.grad, value)
 
@@ -94,7 +95,7 @@ def test_the_readouts_learn_the_classes():
         F.cross_entropy(net(x, target=y), y).backward()
         optimizer.step()
     logits, activations = net.tapped_forward(x, cut=False)
-    for outputs in (logits, *(h @ B.T for h, B in zip(activations, net.matrices(), strict=True))):
+    for outputs in (logits, *(h @ B.T for h, B in zip(activations.values(), net.matrices(), strict=True))):
         assert (outputs.argmax(1) == y).float().mean() > 0.9
 
 
@@ -117,6 +118,39 @@ def test_a_wrong_target_is_refused(target, message):
         net(x, target=target)
     net.eval()
     assert torch.equal(net(x, target=target), net.model(x))
+
+
+def mixed(logits, targets):
+    one, other = targets
+    return 0.3 * F.cross_entropy(logits, one) + 0.7 * F.cross_entropy(logits, other)
+
+
+def test_a_loss_may_take_more_than_one_tensor():
+    net, x, y = mlp(loss=mixed)
+    soft, _, _ = mlp()
+    mixed(net(x, target=(y, y.flip(0))), (y, y.flip(0))).backward()
+    shares = 0.3 * F.one_hot(y, 3) + 0.7 * F.one_hot(y.flip(0), 3)
+    F.cross_entropy(soft(x, target=shares.double()), shares).backward()
+    for one, other in zip(net.parameters(), soft.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_loss_that_is_a_module_is_no_part_of_the_state_dict():
+    net, x, y = mlp(loss=nn.CrossEntropyLoss(weight=torch.ones(3).double()))
+    plain, _, _ = mlp()
+    plain.load_state_dict(net.state_dict())
+    assert copy.deepcopy(net).loss is not None and net.loss not in net.modules()
+    net.loss(net(x, target=y), y).backward()
+    F.cross_entropy(plain(x, target=y), y).backward()
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_last_layer_for_other_classes_is_named():
+    net, x, y = mlp()
+    net.model[4] = nn.Linear(4, 5).double()
+    with pytest.raises(ValueError, match="the logits have 5 classes, expected 3 as at construction"):
+        net(x, target=y)
 
 
 def test_an_fp16_grad_scaler_scales_b_as_the_weights():

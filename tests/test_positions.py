@@ -4,6 +4,8 @@ The reference takes e to a point's positions as the adjoint of PyTorch's own ada
 """
 
 import copy
+import functools
+import warnings
 
 import pytest
 import torch
@@ -236,6 +238,7 @@ def test_a_scaled_loss_scales_what_comes_from_the_labels(loss):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:the error at the logits is no multiple")
 @pytest.mark.parametrize("rule", ["LAS", "DRTP"])
 def test_a_loss_that_is_no_multiple_of_cross_entropy_does_not_scale_what_comes_from_the_labels(rule):
     for margin in (0, 3, 8, 16, 60):
@@ -252,13 +255,58 @@ def test_a_loss_that_is_no_multiple_of_cross_entropy_does_not_scale_what_comes_f
             assert (plain * smooth).sum() > 0 and 0.2 < smooth.norm() / plain.norm() < 1.5
 
 
+@pytest.mark.parametrize("rule", ["LAS", "DRTP", "LOCAL"])
+def test_nothing_is_learned_from_the_labels_by_a_loss_times_zero(rule):
+    net, x = wrap(classifier, IMAGES, rule)
+    y = torch.arange(len(x)) % K
+    (0 * F.cross_entropy(net(x, target=y), y)).backward()
+    assert not any(parameter.grad.any() for parameter in net.parameters())
+
+
+def warnings_of(steps, net, x, y, loss):
+    """The numbers of the backward passes that warn of a loss that is no multiple of what the labels are read by."""
+    warned = []
+    optimizer = torch.optim.SGD(net.parameters(), 5)
+    for step in range(1, steps + 1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss(net(x, target=y), y).backward()
+        warned += [step for warning in caught if "is no multiple of the gradient" in str(warning.message)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return warned
+
+
+WEIGHTED = functools.partial(F.cross_entropy, weight=torch.arange(1.0, K + 1, dtype=torch.float64))
+SMOOTHED = functools.partial(F.cross_entropy, label_smoothing=0.1)  # near the start a multiple, by 0.9
+
+
+@pytest.mark.parametrize("rule", ["LAS", "DRTP", "HEAD", "LOCAL"])
+def test_a_loss_that_is_no_multiple_of_cross_entropy_is_warned_of_once_it_is_none(rule):
+    for options, loss, warned in (
+        ({}, F.cross_entropy, []),
+        ({}, lambda z, y: F.cross_entropy(z, y) / 8, []),
+        ({}, WEIGHTED, [1, 10]),
+        ({}, SMOOTHED, [10]),
+        ({"loss": WEIGHTED}, WEIGHTED, []),
+        ({"loss": WEIGHTED}, F.cross_entropy, [1, 10]),
+    ):
+        if options and rule == "DRTP":
+            continue
+        net, x = wrap(classifier, IMAGES, rule, **options)
+        net.model[2][2].weight.data.zero_()
+        net.model[2][2].bias.data.zero_()
+        y = torch.arange(len(x)) % K
+        assert warnings_of(12, net, x, y, loss) == warned
+
+
 @pytest.mark.parametrize("margin", [0, 20, 49, 80])
 def test_the_factor_of_a_scaled_loss_is_exact_however_small_the_error(margin):
     labels = labels_of(torch.zeros(5, dtype=torch.int64), K, torch.float32, -1, None)._replace(shape=(5,))
     logits = margin * torch.eye(K)[:1].expand(5, -1)
     error = 0.125 * labels.error_of(logits)
     expected = 0.125 if margin < 100 and error.any() else 1
-    assert labels.scale_of(error, logits).item() == pytest.approx(expected, rel=1e-3)
+    assert labels.scale_of(error, logits)[0].item() == pytest.approx(expected, rel=1e-3)
 
 
 @each(*(name for name, (rule, _) in VARIANTS.items() if RULES[rule].sent and "inplace" not in name))
@@ -341,7 +389,7 @@ def test_function_and_wrapper_agree():
     net.zero_grad()
     logits, activations = net.tapped_forward(x, cut=True)
     options = {"rule": "LAS", "target": target, "class_dim": 1, "positions": "own"}
-    F.cross_entropy(direct_feedback(logits, activations, net.matrices(), **options), target).backward()
+    F.cross_entropy(direct_feedback(logits, list(activations.values()), net.matrices(), **options), target).backward()
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 

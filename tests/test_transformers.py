@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from variants import assert_equals_bp_where_b_is_the_weight, feed_back_the_weights, weights_by_feedback_name
 
-from feedback import DirectFeedback
+from feedback import DirectFeedback, alignment
 from feedback.attention import attention
 
 both = pytest.mark.parametrize("rule", ["FA", "KP"])
@@ -506,6 +506,33 @@ def test_attention_with_a_weight_made_of_others_is_refused(name):
     prune.random_unstructured(model.get_submodule(owner), weight, 0.5)
     with pytest.raises(ValueError, match=r"'blocks\.0\.self_attn' is a MultiheadAttention with weights"):
         DirectFeedback(model, ("patch",), "FA", images(3, 8, 8))
+
+
+@both
+@pytest.mark.parametrize(("of_layer", "of_attention"), [(0.1, 0.1), (0.1, 0), (0, 0.1)])
+def test_the_angle_is_zero_under_dropout_where_b_is_the_weight(rule, of_layer, of_attention):
+    model = built(ViT)
+    for block in model.blocks:
+        block.self_attn.dropout = of_attention
+        for module in block.modules():
+            module.p = of_layer  # of the Dropouts
+    x = images(3, 8, 8)
+    net = DirectFeedback(model, ("blocks.0",), rule, x)
+    feed_back_the_weights(net)
+    for name, values in alignment(net, x, torch.arange(len(x)) % 3).items():
+        angle = values.get("alignment_deg", values.get("parameter_deg"))
+        # a bias of keys has no gradient: softmax does not see what is added to all scores of a query
+        assert angle < (60 if name.endswith("in_proj_bias") else 1e-4), name
+
+
+@both
+@pytest.mark.parametrize("name", ["patch.weight", "blocks.0.linear1.weight", "blocks.0.self_attn.in_proj_weight"])
+def test_a_layer_that_is_pruned_after_wrapping_is_refused(rule, name):
+    net, x = wrap(rule, "ViT")
+    owner, _, weight = name.rpartition(".")
+    prune.l1_unstructured(net.model.get_submodule(owner), weight, 0.5)
+    with pytest.raises(ValueError, match=f"layer '{owner}' has other weights than when it was wrapped"):
+        net(x)
 
 
 @both
