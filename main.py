@@ -44,6 +44,7 @@ FIXED_BY_THE_CHECKPOINT += (
     "dry_run",
     "fc_norm",
     "schedule",
+    "b_schedule",
     "validation",
     "head_width",
     "head_pool",

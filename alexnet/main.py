@@ -51,7 +51,7 @@ from training.stages import Stages, share_among_replicas
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = ("recipe", "arch", "train_mode", "dataset", "b_update", "b_scale")
-FIXED_BY_THE_CHECKPOINT += ("seed", "image_size", "schedule", "head_width", "head_pool")
+FIXED_BY_THE_CHECKPOINT += ("seed", "image_size", "schedule", "b_schedule", "head_width", "head_pool")
 # no part of the experiment: not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "compile_mode"}
 OF_THE_RUN |= {"limit_batches", "cuda_graph"}

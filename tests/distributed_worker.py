@@ -75,7 +75,7 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None, signal_in_tes
         fingerprint="",
     )
     args = Namespace(
-        epochs=1, lr=0.02, schedule="constant", train_mode=net.rule, precision="fp32", gamma=1, cuda_graph=False
+        epochs=1, lr=0.02, schedule="constant", train_mode=net.rule, precision="fp32", gamma=1, b_schedule="constant"
     )
     args.b_lr, args.cuda_graph = net.feedback_lr or args.lr, False
     optimizers = [torch.optim.SGD(learned, 0.02, momentum=0.9, weight_decay=0.01, fused=True)]

@@ -525,22 +525,27 @@ def test_kolen_pollacks_b_is_in_the_weights_optimizer(run, tmp_path):
     assert row["lr"] == row["feedback_lr"] == "0.125"
 
 
-@pytest.mark.parametrize("mode", ["KP", "DKP"])
-def test_one_cycle_rises_and_falls_and_leaves_b_to_gamma(run, tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "b_flags"),
+    [("KP", ()), ("DKP", ()), ("LAS", ("--b-schedule", "one-cycle", "--b-lr", 0.02, "--gamma", 0.5))],
+)
+def test_one_cycle_rises_and_falls_and_leaves_b_to_its_own(run, tmp_path, monkeypatch, mode, b_flags):
     def note(*args):
         rates.append(learning_rates(*args))
         return rates[-1]
 
     rates, learning_rates = [], main.learning_rates
     monkeypatch.setattr(main, "learning_rates", note)
-    flags = ("--train-mode", mode, "--schedule", "one-cycle", "--lr", 0.01, "--epochs", 3)
+    flags = ("--train-mode", mode, "--schedule", "one-cycle", "--lr", 0.01, "--epochs", 3, *b_flags)
     run(*flags)  # 4 steps an epoch; at the end of each its row asks once more
     del rates[4::5]
     lr = [step["lr"] for step in rates]
     assert lr[0] == pytest.approx(0.01 * 0.5 / 12 / 0.3) and 0 < lr[-1] < 0.01 / 50
     assert lr[:4] == sorted(lr[:4]) and lr[4:] == sorted(lr[4:], reverse=True) and 0.0095 < max(lr) < 0.01
     of_b = [step["feedback_lr"] for step in rates]
-    assert of_b == (lr if mode == "KP" else [1e-4 * 0.8**epoch for epoch in range(3) for _ in range(4)])
+    by_gamma = [1e-4 * 0.8**epoch for epoch in range(3) for _ in range(4)]
+    both = [2 * rate * 0.5 ** (i // 4) for i, rate in enumerate(lr)]
+    assert of_b == pytest.approx({"KP": lr, "DKP": by_gamma, "LAS": both}[mode])
     (last,) = checkpoint(tmp_path / "run")["optimizers"][0]["param_groups"]
     assert last["lr"] == lr[-1] == float(metrics(tmp_path / "run")[-1]["lr"])
 
@@ -720,7 +725,10 @@ def test_bad_values_are_refused(run, capsys, flags):
     assert_refused(capsys, lambda: run(*flags), flags[0])
 
 
-@pytest.mark.parametrize("flag", [("--b-lr", 1e-3), ("--b-wd", 0), ("--gamma", 0.5), ("--b-update", "inplace")])
+@pytest.mark.parametrize(
+    "flag",
+    [("--b-lr", 1e-3), ("--b-wd", 0), ("--gamma", 0.5), ("--b-schedule", "one-cycle"), ("--b-update", "inplace")],
+)
 @pytest.mark.parametrize("mode", ["BP", "FA", "KP", "DFA"])
 def test_options_of_b_are_refused_where_b_is_not_trained(run, capsys, mode, flag):
     needed = "DKP or LAS" if flag[0] == "--b-update" else "DKP, LAS, FDFA, HEAD or LOCAL"

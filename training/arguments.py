@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose flags cannot be abbreviated."""
 
     # of B's flags, set by `add_common_arguments`
-    feedback_defaults: dict[str, float]
+    feedback_defaults: dict[str, float | str]
     learned_b_scale: float
 
     def __init__(self, **kwargs: Any) -> None:
@@ -132,13 +132,16 @@ def add_common_arguments(
     rule("--b-lr", type=nonnegative_float, help=f"{learned}: learning rate of B (original: {b_lr:g}; {in_place})")
     rule("--b-wd", type=nonnegative_float, help=f"{learned}: weight decay of B (original: {b_wd:g})")
     rule("--gamma", type=fraction, help=f"{learned}: factor on B's learning rate an epoch (original: {gamma:g})")
+    rule(
+        "--b-schedule", choices=SCHEDULES, help=f"{learned}: of B's learning rate, beside --gamma (original: constant)"
+    )
     start = f"original: {b_scale:g} for {learned}, else 1"
     b_scale_help = f"factor on the random start of B or a head's last layer, 0: it starts at zero ({start})"
     rule("--b-scale", type=nonnegative_float, metavar="X", help=b_scale_help)
     width, pool = f"features within a head (default: {HEAD_WIDTH})", f"pool feature maps to NxN (default: {HEAD_POOL})"
     rule("--head-width", type=positive_int, metavar="N", help=f"{heads}: {width}")
     rule("--head-pool", type=positive_int, metavar="N", help=f"{heads}: {pool}")
-    parser.feedback_defaults = {"b_lr": b_lr, "b_wd": b_wd, "gamma": gamma}
+    parser.feedback_defaults = {"b_lr": b_lr, "b_wd": b_wd, "gamma": gamma, "b_schedule": "constant"}
     parser.learned_b_scale = b_scale
 
     data, run = parser.add_argument_group("data"), parser.add_argument_group("run")

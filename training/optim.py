@@ -76,15 +76,16 @@ def one_cycle(done: float) -> float:
 def learning_rates(args: Namespace, epoch: int, step: int, steps: int) -> dict[str, float | None]:
     """The learning rates of W, `lr`, and B, `feedback_lr`, at `step` of the `steps` of `epoch`, both 1 for the first.
 
-    The schedule is W's, and KP's B follows W; the learning rate of a B or head of its own decays by gamma an epoch.
+    KP's B follows W; a B or head of its own has a schedule of its own, and its learning rate decays by gamma an epoch.
     None for a B that does not learn.
     """
-    lr = args.lr
-    if args.schedule == "one-cycle":
-        lr *= one_cycle(((epoch - 1) * steps + step - 0.5) / (args.epochs * steps))  # a step is at its middle
+    cycle = one_cycle(((epoch - 1) * steps + step - 0.5) / (args.epochs * steps))  # a step is at its middle
+    lr = args.lr * (cycle if args.schedule == "one-cycle" else 1)
     if RULES[args.train_mode].as_weight:
         return {"lr": lr, "feedback_lr": lr}
-    b_lr = args.b_lr * args.gamma ** (epoch - 1) if RULES[args.train_mode].learns else None
+    if not RULES[args.train_mode].learns:
+        return {"lr": lr, "feedback_lr": None}
+    b_lr = args.b_lr * args.gamma ** (epoch - 1) * (cycle if args.b_schedule == "one-cycle" else 1)
     return {"lr": lr, "feedback_lr": b_lr}
 
 
