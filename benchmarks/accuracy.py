@@ -129,7 +129,8 @@ def steps_from(best: Changes, mode: str, script: ModuleType) -> list[list[Change
     W's learning rate first, with --fc-norm where the recipe is without; then its decay; then the learning rate of B
     or heads and its schedule, where those are their own.
     """
-    known = script.make_parser().parse_args(words(best))
+    parser = script.make_parser()
+    known = parser.parse_args(words(best))
 
     def times(name: str, *factors: float) -> list[Changes]:
         return [{f"--{name.replace('_', '-')}": f"{getattr(known, name) * factor:.2g}"} for factor in factors]
@@ -139,7 +140,7 @@ def steps_from(best: Changes, mode: str, script: ModuleType) -> list[list[Change
     weights = times("lr", 2, 0.5)
     if not getattr(known, "fc_norm", True):
         weights = [changes | {"--fc-norm": None} for changes in times("lr", 5, 2.5)]
-    gamma: Changes = {"--gamma": "0.8" if known.gamma == 1 else "1"}
+    gamma: Changes = {"--gamma": "0.8" if (known.gamma or parser.feedback_defaults["gamma"]) == 1 else "1"}
     return [[{}, *weights], times("wd", 1 / 3), times("b_lr", 3, 1 / 3), [gamma]]
 
 
@@ -541,7 +542,9 @@ def remembered(folder: Path, runs: list[Run], args: Namespace) -> list[Run]:
             for one of `runs`; or it is a search, or a search by other seeds.
     """
     path = folder / "sweep.json"
-    common = {"version": VERSION, "net": args.net, "epochs": args.epochs, "search": args.search and args.seeds}
+    common = {"version": VERSION, "net": args.net, "epochs": args.epochs, "search": False}
+    if args.search:
+        common["search"] = args.seeds if args.search == "original" else [args.search, *args.seeds]
     kept = json.loads(path.read_text()) if path.exists() else common | {"runs": []}
     if kept.get("version") != VERSION:
         raise ValueError(f"{path} is of layout {kept.get('version')}, expected {VERSION}: name another --name")
@@ -567,13 +570,15 @@ def main(argv: list[str] | None = None) -> int:
         if flag.partition("=")[0] in OF_THE_SWEEP:
             parser.error(f"{flag} is for the sweep itself to give to {net.script.make_parser().prog}")
     if args.search:
-        for flag in {
-            flag for mode in args.modes for stage in stages_of(mode, args) for changes in stage for flag in changes
-        }:
+        tried = [changes for mode in args.modes for stage in stages_of(mode, args) for changes in stage]
+        tried += [best_settings(mode, net) for mode in args.modes if args.search == "best"]
+        for flag in {flag for changes in tried for flag in changes}:
             if any(given.partition("=")[0] == flag for given in flags):
                 parser.error(f"{flag} is what a search tries")
         if args.recipe != "best":
             parser.error("--recipe does not go with --search: a search finds one")
+        if args.search == "best" and any(given.partition("=")[0] == "--b-update" for given in flags):
+            parser.error("--b-update does not go with --search best, which begins at B's recipe for Adam")
     kind = {None: Path(args.recipe).stem, "original": "search", "best": "search-from-best"}[args.search]
     args.name = args.name or f"{net.dataset}-{kind}-{plural(args.epochs, 'epoch').replace(' ', '-')}"
     with tempfile.TemporaryDirectory() if args.quick else nullcontext() as scratch:

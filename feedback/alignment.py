@@ -56,7 +56,8 @@ def alignment(
         loss_fn: the training loss, of logits and target, a scalar.
 
     Raises:
-        ValueError: as `DirectFeedback` does in its forward pass.
+        ValueError: as `DirectFeedback` does in its forward pass; or the passes leave out different points, by other
+            random numbers than torch's.
     """
     parameters = {name: p for name, p in net.model.named_parameters() if p.requires_grad}
     has_matrices = not (RULES[net.rule].chained or RULES[net.rule].head)
@@ -66,8 +67,8 @@ def alignment(
     def gradients(by_rule: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Logits, activations, and the gradients of activations and parameters; zeros for one that gets none."""
         layerwise = RULES[net.rule].layerwise  # backpropagation by the rule's own operations: the dropout is the same
-        with untouched(net if RULES[net.rule].head else net.model), torch.enable_grad():
-            logits, activations = net.tapped_forward(x, by_rule or layerwise, exact=not by_rule, missing=net.missing)
+        with untouched(net if RULES[net.rule].head else net.model), net.aside(), torch.enable_grad():
+            logits, activations = net.tapped_forward(x, by_rule or layerwise, exact=not by_rule, measured=True)
             routed = logits
             if by_rule and RULES[net.rule].head:
                 labels = cast(Labels, net.labels_of(target))
@@ -82,11 +83,14 @@ def alignment(
             learning = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
             options = {"allow_unused": True, "materialize_grads": True}
             grads = torch.autograd.grad(loss_fn(routed, target), list(learning.values()), **options)
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if not tensor.requires_grad}
         return logits.detach(), activations, zeros | dict(zip(learning, grads, strict=True))
 
-    _, _, rule_grads = gradients(by_rule=True)
+    _, reached, rule_grads = gradients(by_rule=True)
     logits, activations, bp_grads = gradients(by_rule=False)
+    if reached.keys() != activations.keys():
+        other = ", ".join(sorted(reached.keys() ^ activations.keys()))
+        raise ValueError(f"one of two passes left out {other}, expected the same of both: call net.eval() to compare")
     logits_NPK = logits.movedim(net.class_dim, -1)
     result = {point: {"alignment_deg": math.nan, "logit_cosine": math.nan} for point in net.points}
     for point, h in activations.items():

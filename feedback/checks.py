@@ -65,15 +65,16 @@ def refuse_large(error: Tensor) -> None:
 
 
 def warn_of_other_loss(error: Tensor, logits: Tensor, class_dim: int, labels: Labels) -> None:
-    """Warn if e (N, *P, K) is no multiple of the gradient of the loss by which the labels are read."""
+    """Warn if e (N, *P, K) is clearly no multiple of the gradient of the loss by which the labels are read."""
     error_NPK, logits_NPK = error.movedim(class_dim, -1), logits.movedim(class_dim, -1)
     labels = labels._replace(shape=tuple(error_NPK.shape[:-1]))
-    _, is_multiple = labels.scale_of(error_NPK.flatten(0, -2), logits_NPK.flatten(0, -2))
-    if not is_multiple:
+    _, may_be_multiple = labels.scale_of(error_NPK.flatten(0, -2), logits_NPK.flatten(0, -2))
+    if not may_be_multiple:
         known = "cross-entropy" if labels.loss is None else "`loss`"
         warnings.warn(
             f"the error at the logits is no multiple of the gradient of {known}: where the training loss is scaled, as"
-            " by a GradScaler, what is computed from the labels is not. Pass it as loss=, or do not scale it",
+            " by a GradScaler, what is computed from the labels is not. Pass it as loss= (DRTP takes none), or do not"
+            " scale it",
             stacklevel=2,
         )
 

@@ -14,7 +14,8 @@ from feedback.positions import from_positions, to_positions
 
 IGNORED = -100  # a label: what has it has no error, as by `F.cross_entropy`
 
-PARALLEL = 0.999  # least cosine of what are multiples of one another, in bfloat16
+PARALLEL = 0.9  # least cosine of what are multiples of one another, but for rounding
+CLEAR = 16  # times the rounding of a probability: smaller errors tell nothing of the loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,15 +62,18 @@ class Labels(NamedTuple):
         return self.scaled(error.movedim(self.class_dim, -1))
 
     def scale_of(self, error_NK: Tensor, logits_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return c and whether the error at the logits is c times the gradient of the loss, c >= 0; both 0-d, c else 1.
+        """Return c and whether the error at the logits may be c times the gradient of the loss, c >= 0; both 0-d.
 
-        A loss divided for gradient accumulation has one, and whatever is computed from the labels gets it too.
+        A loss divided for gradient accumulation has one, and whatever is computed from the labels gets it too. Where it
+        is no multiple c is 1, as where rounding hides it.
         """
         expected = self.error_of(logits_NK).double().flatten()  # so that no square underflows
         error = error_NK.double().flatten()
-        along, squares = error @ expected, expected @ expected
-        is_multiple = along >= PARALLEL * (squares * (error @ error)).sqrt()
-        return torch.where(is_multiple & (squares > 0), along / squares, 1.0), is_multiple
+        along, squares, of_error = error @ expected, expected @ expected, error @ error
+        is_multiple = along >= PARALLEL * (squares * of_error).sqrt()
+        rounding = CLEAR * torch.finfo(logits_NK.dtype).eps / max(len(logits_NK), 1) ** 0.5  # of rows divided by N
+        may_be = is_multiple | ~of_error.isfinite() | (squares.sqrt() < rounding)
+        return torch.where(is_multiple & (squares > 0), along / squares, 1.0), may_be
 
 
 def labels_of(target: Any, classes: int, dtype: torch.dtype, class_dim: int = -1, loss: Loss | None = None) -> Labels:

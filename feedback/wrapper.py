@@ -40,6 +40,7 @@ class _Pass(NamedTuple):
     labels: Labels | None = None
     derivative: list[Tensor] | None = None  # of the logits along the perturbations of FDFA, when it is known
     exact: bool = False  # by FA and KP: each layer's B is its weight, which is backpropagation
+    copies: bool = False  # what flows on from a point is a copy, so that nothing changes its output in place
 
     def again(self) -> "_Pass":
         """One like this, that has not begun."""
@@ -112,6 +113,8 @@ class _Hooks:
             self.lr = self.lr.to(h.device, torch.float32)
         checks.check_tap(point, h, point in under_way.taps, cut)
         under_way.taps[point] = h, version(h)
+        if under_way.copies:
+            return h.detach().clone() if cut else h.clone()
         if not cut or under_way.empties is None:
             return h.detach() if cut else None
         if under_way.derivative is not None:
@@ -154,7 +157,7 @@ class _Hooks:
         self.backwards += 1
         if str(self.backwards).strip("0") != "1":
             return
-        if in_place:
+        if in_place and self.backwards == 1:
             checks.refuse_large(error)
         if labels is not None:
             checks.warn_of_other_loss(error, logits, class_dim, labels)
@@ -500,16 +503,26 @@ class DirectFeedback(nn.Module):
         under_way = _Pass(cut=True, taps={}, empties=empties, labels=labels, derivative=derivative)
         return self._run(under_way, inputs, named), empties
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run passes of which a checkpointed block, when it runs again in a later backward pass, is to know nothing."""
+        last = self._hooks.last
+        try:
+            yield
+        finally:
+            self._hooks.last = last
+
     def tapped_forward(
-        self, example: Any, cut: bool, exact: bool = False, missing: str = "refuse"
+        self, example: Any, cut: bool, exact: bool = False, measured: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the model on an input as the example; return its logits and the h_l of each point that it reached.
 
         With `cut`, build the graph that the rule trains with: h_l is detached; by FA and KP the gradient passes through
-        B, or if `exact` through the weights, by the same operations; by BP nothing changes.
+        B, or if `exact` through the weights, by the same operations; by BP nothing changes. If `measured`, h_l stays as
+        it was where an operation further up is in place, and points may be left out as in training.
         """
-        under_way = _Pass(cut=cut, taps={}, exact=exact)
-        out = self._run(under_way, *arguments(example), missing=missing)
+        under_way = _Pass(cut=cut, taps={}, exact=exact, copies=measured)
+        out = self._run(under_way, *arguments(example), missing=self.missing if measured else "refuse")
         reached = {point: under_way.taps[point][0] for point in self.points if point in under_way.taps}
         return logits_in(out, self._logits), reached
 

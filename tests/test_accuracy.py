@@ -227,6 +227,8 @@ def test_a_search_has_as_many_runs_for_every_rule_and_its_script_takes_them_all(
     for mode in RULES:
         changes = [change for stage in accuracy.stages_of(mode, Namespace(net=net, search=start)) for change in stage]
         assert len(changes) == runs
+        gammas = [change["--gamma"] for change in changes if "--gamma" in change]
+        assert not gammas or net == "convnet" or gammas == ["0.8"]  # a factor of 1 is the default of AlexNet
         for change in changes:
             argv = ["--recipe", start, "--train-mode", mode, *accuracy.words(change)]
             accuracy.NETS[net].script.parse_arguments(argv)
@@ -293,6 +295,8 @@ def test_alexnet_is_searched_by_its_training_loss(accuracy, monkeypatch, tmp_pat
         (("--recipe", "nowhere.json", "--search"), "--recipe does not go with --search"),
         (("--out", "elsewhere"), "--out is for the sweep itself"),
         (("--search", "--wd=3"), "--wd is what a search tries"),
+        (("--search", "best", "--modes", "LAS", "--schedule", "constant"), "--schedule is what a search tries"),
+        (("--search", "best", "--modes", "LAS", "--b-update", "inplace"), "--b-update does not go with --search best"),
         (("--validation=3",), "--validation=3 is for the sweep itself"),
         (("--foo",), "main.py: error: unrecognized arguments: --foo"),
         (("-e",), "-e is for the sweep itself"),

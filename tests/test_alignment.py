@@ -56,6 +56,20 @@ def test_angle_is_zero_where_the_layers_b_is_their_weight(rule):
         assert values.get("alignment_deg", 0) < 0.05
 
 
+@pytest.mark.parametrize("rule", ["BP", "FA", "KP", "DFA", "DRTP"])
+def test_angles_are_those_at_the_point_where_what_follows_changes_its_output_in_place(rule):
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+        model = nn.Sequential(block, nn.ReLU(inplace), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        x, y = torch.randn(9, 6, dtype=torch.float64), torch.arange(9) % 3
+        results.append(alignment(DirectFeedback(model, ("0",), rule, x), x, y))
+    for name, values in results[0].items():
+        for key, value in values.items():
+            assert results[1][name][key] == pytest.approx(value, nan_ok=True), (name, key)
+
+
 @pytest.mark.parametrize("rule", ["FA", "KP", "DFA", "DKP"])
 def test_angles_are_between_the_gradients_that_training_gets(rule):
     net = make(rule)

@@ -346,6 +346,15 @@ def test_a_point_that_a_pass_leaves_out_has_no_angle_and_the_others_theirs(rule,
     assert result["head.weight"]["parameter_deg"] < 1e-3
 
 
+def test_passes_that_leave_out_different_points_are_not_compared():
+    model = Dropped().double()
+    net = DirectFeedback(model, ["blocks.0", "blocks.1"], "DFA", X[:2], missing="skip")
+    passes = iter([(1,), ()])
+    model.register_forward_pre_hook(lambda model, inputs: setattr(model, "dropped", next(passes)))
+    with pytest.raises(ValueError, match=r"one of two passes left out blocks\.1, expected the same of both"):
+        alignment(net, X, Y)
+
+
 def test_a_block_that_is_left_out_is_refused_by_default_and_in_the_example():
     model = Dropped().double()
     net = DirectFeedback(model, ["blocks.0", "blocks.1"], "DFA", X[:2])

@@ -277,7 +277,7 @@ def warnings_of(steps, net, x, y, loss):
     return warned
 
 
-WEIGHTED = functools.partial(F.cross_entropy, weight=torch.arange(1.0, K + 1, dtype=torch.float64))
+WEIGHTED = functools.partial(F.cross_entropy, weight=torch.tensor([100.0, 1, 1, 1], dtype=torch.float64))
 SMOOTHED = functools.partial(F.cross_entropy, label_smoothing=0.1)  # near the start a multiple, by 0.9
 
 
@@ -287,7 +287,7 @@ def test_a_loss_that_is_no_multiple_of_cross_entropy_is_warned_of_once_it_is_non
         ({}, F.cross_entropy, []),
         ({}, lambda z, y: F.cross_entropy(z, y) / 8, []),
         ({}, WEIGHTED, [1, 10]),
-        ({}, SMOOTHED, [10]),
+        ({}, SMOOTHED, [100]),
         ({"loss": WEIGHTED}, WEIGHTED, []),
         ({"loss": WEIGHTED}, F.cross_entropy, [1, 10]),
     ):
@@ -297,7 +297,22 @@ def test_a_loss_that_is_no_multiple_of_cross_entropy_is_warned_of_once_it_is_non
         net.model[2][2].weight.data.zero_()
         net.model[2][2].bias.data.zero_()
         y = torch.arange(len(x)) % K
-        assert warnings_of(12, net, x, y, loss) == warned
+        assert warnings_of(100 if loss is SMOOTHED else 12, net, x, y, loss) == warned
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_not_taken_for_another_loss(dtype):
+    torch.manual_seed(0)
+    y = torch.arange(20) % K
+    for margin in (0, 2, 5, 8, 11, 14, 17, 20, 40, float("nan")):
+        labels = labels_of(y, K, torch.float32, -1, None)._replace(shape=(20,))
+        logits = (margin * F.one_hot(y, K) + torch.randn(20, K)).to(dtype).requires_grad_()
+        for loss, factor in ((F.cross_entropy, 1), (lambda z, y: F.cross_entropy(z, y) / 8, 0.125)):
+            (error,) = torch.autograd.grad(loss(logits, y), logits)
+            scale, may_be = labels.scale_of(error, logits.detach())
+            assert may_be
+            if margin < 8:
+                assert scale.item() == pytest.approx(factor, rel=0.02)
 
 
 @pytest.mark.parametrize("margin", [0, 20, 49, 80])

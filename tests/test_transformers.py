@@ -518,6 +518,7 @@ def test_the_angle_is_zero_under_dropout_where_b_is_the_weight(rule, of_layer, o
             module.p = of_layer  # of the Dropouts
     x = images(3, 8, 8)
     net = DirectFeedback(model, ("blocks.0",), rule, x)
+    assert alignment(net, x, torch.arange(len(x)) % 3)["blocks.0"]["alignment_deg"] > 10
     feed_back_the_weights(net)
     for name, values in alignment(net, x, torch.arange(len(x)) % 3).items():
         angle = values.get("alignment_deg", values.get("parameter_deg"))
