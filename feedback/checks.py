@@ -68,8 +68,7 @@ def warn_of_other_loss(error: Tensor, logits: Tensor, class_dim: int, labels: La
     """Warn if e (N, *P, K) is clearly no multiple of the gradient of the loss by which the labels are read."""
     error_NPK, logits_NPK = error.movedim(class_dim, -1), logits.movedim(class_dim, -1)
     labels = labels._replace(shape=tuple(error_NPK.shape[:-1]))
-    _, may_be_multiple = labels.scale_of(error_NPK.flatten(0, -2), logits_NPK.flatten(0, -2))
-    if not may_be_multiple:
+    if labels.is_other_loss(error_NPK.flatten(0, -2), logits_NPK.flatten(0, -2)):
         known = "cross-entropy" if labels.loss is None else "`loss`"
         warnings.warn(
             f"the error at the logits is no multiple of the gradient of {known}: where the training loss is scaled, as"

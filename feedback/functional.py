@@ -112,7 +112,7 @@ class Broadcast(torch.autograd.Function):
         if ctx.labels is not None:
             rows_NK = ctx.logits.movedim(ctx.class_dim, -1).flatten(0, -2)
             labels = ctx.labels._replace(shape=tuple(error_NPK.shape[:-1]))
-            scale, _ = labels.scale_of(error_NPK.flatten(0, -2), rows_NK)
+            scale = labels.scale_of(error_NPK.flatten(0, -2), rows_NK)
         sent = {shape: from_positions(error_NPK, shape[1:-1]) for shape in set(ctx.shapes) if len(shape)}
         grads = (sent.get(shape, scale) if need else None for shape, need in zip(ctx.shapes, needed, strict=True))
         return None, None, error if needs_logits else None, *grads

@@ -61,19 +61,26 @@ class Labels(NamedTuple):
             (error,) = torch.autograd.grad(self.loss(logits, self.target), logits)
         return self.scaled(error.movedim(self.class_dim, -1))
 
-    def scale_of(self, error_NK: Tensor, logits_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return c and whether the error at the logits may be c times the gradient of the loss, c >= 0; both 0-d.
-
-        A loss divided for gradient accumulation has one, and whatever is computed from the labels gets it too. Where it
-        is no multiple c is 1, as where rounding hides it.
-        """
+    def products_of(self, error_NK: Tensor, logits_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e^T g, g^T g and e^T e, 0-d, of the error at the logits and the gradient g of the loss there."""
         expected = self.error_of(logits_NK).double().flatten()  # so that no square underflows
         error = error_NK.double().flatten()
-        along, squares, of_error = error @ expected, expected @ expected, error @ error
-        is_multiple = along >= PARALLEL * (squares * of_error).sqrt()
+        return error @ expected, expected @ expected, error @ error
+
+    def scale_of(self, error_NK: Tensor, logits_NK: Tensor) -> Tensor:
+        """0-d: c >= 0 where the error at the logits is c times the gradient of the loss; 1 where it is no multiple.
+
+        A loss divided for gradient accumulation has one, and whatever is computed from the labels gets it too.
+        """
+        along, squares, of_error = self.products_of(error_NK, logits_NK)
+        is_multiple = (along >= PARALLEL * (squares * of_error).sqrt()) & (squares > 0)
+        return torch.where(is_multiple, along / squares, 1.0)
+
+    def is_other_loss(self, error_NK: Tensor, logits_NK: Tensor) -> bool:
+        """Whether the error at the logits is no multiple of the gradient of the loss, and not for rounding alone."""
+        along, squares, of_error = (product.item() for product in self.products_of(error_NK, logits_NK))
         rounding = CLEAR * torch.finfo(logits_NK.dtype).eps / max(len(logits_NK), 1) ** 0.5  # of rows divided by N
-        may_be = is_multiple | ~of_error.isfinite() | (squares.sqrt() < rounding)
-        return torch.where(is_multiple & (squares > 0), along / squares, 1.0), may_be
+        return squares**0.5 > rounding and along < PARALLEL * (squares * of_error) ** 0.5
 
 
 def labels_of(target: Any, classes: int, dtype: torch.dtype, class_dim: int = -1, loss: Loss | None = None) -> Labels:
