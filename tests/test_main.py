@@ -841,9 +841,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, capsys, tmp_path):
     assert_refused(capsys, lambda: run(*resume), "is a run of alexnet/main.py, which trains AlexNet")
 
 
-def test_a_one_cycle_run_keeps_its_length(run, capsys, tmp_path):
-    run("--epochs", 1, "--schedule", "one-cycle")
-    message = "--epochs: --schedule one-cycle was laid out for 1: start a new run"
+@pytest.mark.parametrize("schedule", ["--schedule", "--b-schedule"])
+def test_a_one_cycle_run_keeps_its_length(run, capsys, tmp_path, schedule):
+    run("--epochs", 1, schedule, "one-cycle")
+    message = f"--epochs: {schedule} one-cycle was laid out for 1: start a new run"
     assert_refused(capsys, lambda: run("--resume", tmp_path / "run", "--epochs", 2), message)
 
 

@@ -294,9 +294,10 @@ def parse_run_arguments(
             if getattr(args, key) != had:
                 parser.error(f"{flag(key)}: the run in {args.resume} has {had}, got {getattr(args, key)}")
         args.resume = str(path)
-        if args.schedule != "constant" and checkpoint["args"]["epochs"] != args.epochs:
-            laid_out = checkpoint["args"]["epochs"]
-            parser.error(f"--epochs: --schedule {args.schedule} was laid out for {laid_out}: start a new run")
+        for key in ("schedule", "b_schedule"):
+            value, laid_out = getattr(args, key), checkpoint["args"]["epochs"]
+            if value not in (None, "constant") and laid_out != args.epochs:
+                parser.error(f"--epochs: {flag(key)} {value} was laid out for {laid_out}: start a new run")
         if args.b_update == "inplace" and follows_w(argparse.Namespace(**checkpoint["args"])):
             args.b_lr = args.b_lr if args.b_lr != checkpoint["args"]["b_lr"] else None
     elif uses:
