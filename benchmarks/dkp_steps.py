@@ -5,6 +5,7 @@ Every flag but --data goes to main.py. A run each of seed 1:
 
     decayed-3e-5    B's learning rate begins at 3e-5 and falls by 0.8 an epoch
     tied-RATE       it follows W's one-cycle schedule, with a peak of RATE
+    ...-gamma       the same, and less by 0.9 an epoch beside it
     ...-wd, -lr     the same with less decay of W, 1e-3; with twice its learning rate
     ...-fc-norm     the same with `--fc-norm`, and W's learning rate at 0.01
     normalised      e^T h is divided by the running mean of ||e||^2, as in normalised least mean squares (Nagumo, Noda
@@ -41,6 +42,7 @@ FC_NORM = ["--fc-norm", "--lr", "0.01"]
 VARIANTS = {  # elements of e^T h / ||e||^2 begin near 1, so that 1e-5 in place moves B about as 1e-5 by Adam does
     "decayed-3e-5": [*BASE, "--b-lr", "3e-5"],
     **{f"tied-{rate}": [*TIED, "--b-lr", rate] for rate in ("3e-5", "1e-4", "3e-4", "1e-3")},
+    "tied-3e-4-gamma": [*TIED, "--b-lr", "3e-4", "--gamma", "0.9"],
     "tied-1e-4-wd": [*TIED, "--b-lr", "1e-4", "--wd", "1e-3"],
     "tied-3e-4-lr": [*TIED, "--b-lr", "3e-4", "--lr", "0.004"],
     **{f"tied-{rate}-fc-norm": [*TIED, "--b-lr", rate, *FC_NORM] for rate in ("1e-4", "3e-4")},

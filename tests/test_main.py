@@ -619,7 +619,7 @@ def test_the_best_recipes_are_what_the_searches_found_but_for_the_decay_of_weigh
         for name in ("cifar10-search-3-epochs", "cifar10-search-drtp-3-epochs", "cifar10-search-heads-3-epochs")
     ]
     searched = {mode: flags for path in found for mode, flags in json.loads(path.read_text()).items()}
-    searched["DKP"] = dkp_steps.VARIANTS["tied-3e-4"]
+    searched["DKP"] = dkp_steps.VARIANTS["tied-3e-4-gamma"]
     assert searched.keys() == RULES.keys()
     for mode in searched:
         best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
