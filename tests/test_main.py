@@ -17,7 +17,6 @@ from helpers import assert_refused, checkpoint
 from PIL import Image
 
 import main
-from benchmarks import dkp_steps
 from feedback import RULES
 from training import arguments, batches, data, plot
 from training.checkpoint import CONTENT, TRAINED, load_checkpoint, save_checkpoint
@@ -612,14 +611,13 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     assert_refused(capsys, lambda: run(*resume), "--recipe", "has best, got original")
 
 
-def test_the_best_recipes_are_what_the_searches_found_but_for_the_decay_of_weights_and_heads():
+def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights_and_heads():
     results = Path(main.__file__).parent / "benchmarks" / "results"
     found = [
         results / name / "recipe.json"
         for name in ("cifar10-search-3-epochs", "cifar10-search-drtp-3-epochs", "cifar10-search-heads-3-epochs")
     ]
     searched = {mode: flags for path in found for mode, flags in json.loads(path.read_text()).items()}
-    searched["DKP"] = dkp_steps.VARIANTS["tied-3e-4-gamma"]
     assert searched.keys() == RULES.keys()
     for mode in searched:
         best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])

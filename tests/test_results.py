@@ -44,7 +44,7 @@ def accuracy(rows):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-BEST = ("cifar10-best-12-epochs", "cifar10-drtp-12-epochs", "cifar10-heads-12-epochs", "cifar10-dkp-12-epochs")
+BEST = ("cifar10-best-12-epochs", "cifar10-drtp-12-epochs", "cifar10-heads-12-epochs")
 
 
 def test_accuracies_and_angles_of_the_conv_net():
