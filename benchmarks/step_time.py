@@ -7,7 +7,7 @@ round by round, so that a ratio is of steps that ran seconds apart. For each net
     BP              the bare model in plain PyTorch
     floor           forward and weight gradients only; the learning signals at the points are given for nothing
     DFA, DKP, ...   `feedback.DirectFeedback`; DKP's B learned by Adam (optimizer) or in the backward pass (inplace),
-                    the others' by Adam, and KP's as the weights
+                    the others' by Adam, and KP's as the weights; HEAD 32 4 has heads of width 32 that pool to 4x4
 
 With `--device cuda` every step runs eager, compiled and captured as a CUDA graph; `--executions graph-streams` is a
 graph with each block on a stream of its own, where its backward may run beside those of others. BP, whose blocks wait
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.raw import MEASURED, write_raw
 from feedback import RULES, DirectFeedback
+from feedback.heads import default_head
 from models import AlexNet, ConvNet, Net
 from training.arguments import positive_int
 from training.machine import hardware, reuse_memory
@@ -49,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # the wrapper's arguments, or No
     "DKP inplace": {"rule": "DKP", "update": "inplace", "feedback_lr": 5e-3, "feedback_weight_decay": 1e-6},
     "LAS": {"rule": "LAS"},
     "HEAD": {"rule": "HEAD"},
+    "HEAD 32 4": {"rule": "HEAD", "head": functools.partial(default_head, width=32, pool=4)},
     "LOCAL": {"rule": "LOCAL"},
     "FDFA": {"rule": "FDFA"},
     "FA": {"rule": "FA"},
