@@ -81,8 +81,8 @@ def alignment(
                 routed = direct_feedback(logits, h, reached, rule=net.rule, target=target, **options)
             tensors = activations | parameters
             learning = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-            options = {"allow_unused": True, "materialize_grads": True}
-            grads = torch.autograd.grad(loss_fn(routed, target), list(learning.values()), **options)
+            loss = loss_fn(routed, target)
+            grads = torch.autograd.grad(loss, list(learning.values()), allow_unused=True, materialize_grads=True)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if not tensor.requires_grad}
         return logits.detach(), activations, zeros | dict(zip(learning, grads, strict=True))
 

@@ -106,8 +106,10 @@ def fed_back(
     weights = weights_of(name, layer)
     if not weights:
         raise ValueError(f"layer {name!r} has other weights than when it was wrapped: wrap the model again")
-    matrices: dict[str, Tensor | None] = {key: weight.detach() for key, weight in weights.items()}
-    if feedback is not None:
+    matrices: dict[str, Tensor | None]
+    if feedback is None:
+        matrices = {key: weight.detach() for key, weight in weights.items()}
+    else:
         matrices = {key: getattr(feedback, feedback_name(key), None) for key in weights}
     if isinstance(layer, nn.MultiheadAttention):
         return attention(layer, functools.partial(project, layer, name, matrices), *inputs, **named)

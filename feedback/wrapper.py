@@ -151,13 +151,13 @@ class _Hooks:
         return fed_back(layer, name, inputs, named, out, None if under_way.exact else self.feedback)
 
     def look_at_error(
-        self, logits: Tensor, class_dim: int, labels: Labels | None, in_place: bool, error: Tensor
+        self, logits: Tensor, class_dim: int, labels: Labels | None, first_in_place: bool, error: Tensor
     ) -> None:
         """Check e in the 1st, 10th, 100th ... backward pass: on a GPU, to read it back is a synchronisation."""
         self.backwards += 1
         if str(self.backwards).strip("0") != "1":
             return
-        if in_place and self.backwards == 1:
+        if first_in_place:
             checks.refuse_large(error)
         if labels is not None:
             checks.warn_of_other_loss(error, logits, class_dim, labels)
@@ -456,10 +456,10 @@ class DirectFeedback(nn.Module):
             checks.refuse_float16(routed, checks.FLOAT16_FDFA)
         if self.update == "inplace":
             checks.refuse_float16(routed, checks.FLOAT16_IN_PLACE)
-        in_place = self.update == "inplace"
+        first_in_place = self.update == "inplace" and self._hooks.backwards == 0
         eager = not (torch.compiler.is_compiling() or is_capturing(routed))
-        if (in_place or labels is not None) and eager and routed.requires_grad:
-            look = functools.partial(self._hooks.look_at_error, routed.detach(), self.class_dim, labels, in_place)
+        if (first_in_place or labels is not None) and eager and routed.requires_grad:
+            look = functools.partial(self._hooks.look_at_error, routed.detach(), self.class_dim, labels, first_in_place)
             routed.register_hook(look)
         return with_logits(out, self._logits, routed)
 

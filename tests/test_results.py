@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -93,6 +94,22 @@ def test_alexnets_long_runs():
         last = runs[row.pop(""), 15]
         points = "conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2"
         assert row == {point: f"{float(last[f'alignment_deg_{point}']):.1f}" for point in points}
+
+
+def test_the_search_from_the_best_recipes():
+    runs = last_epochs("cifar10-search-from-best-12-epochs")
+    for row in table("docs/results-cifar10.md", "At full length"):
+        found = {f"{float(run['validation_accuracy']):.2f}" for run in runs.pop(row.pop(""))}
+        shown = {word for cell in row.values() for word in re.findall(r"\d\d\.\d\d", cell)}
+        assert shown == found and len(found) == 7
+    assert not runs
+
+
+def test_dkp_with_b_on_one_cycle():
+    page = (ROOT / "docs" / "results-cifar10.md").read_text().replace("\n ", "")
+    for name in ("gamma-0.9", "gamma-1"):
+        with open(RESULTS / "cifar10-dkp-one-cycle-12-epochs" / f"{name}.csv", newline="") as file:
+            assert accuracy([row for row in csv.DictReader(file) if row["epoch"] == "12"]) in page
 
 
 def test_step_times():
