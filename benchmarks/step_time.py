@@ -322,8 +322,8 @@ def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     shown = [variant for variant in VARIANTS if variant != "floor"]
-    hatches = ("", "//", "..", "xx", "\\\\", "--", "++", "oo", "**", "||")
-    looks = {v: (f"{0.25 + 0.07 * i:.2f}", hatch) for i, (v, hatch) in enumerate(zip(shown, hatches, strict=True))}
+    hatches = itertools.cycle(("", "//", "..", "xx", "\\\\", "--", "++"))
+    looks = {v: (f"{0.25 + 0.7 * i / len(shown):.2f}", next(hatches)) for i, v in enumerate(shown)}
     groups = list(dict.fromkeys((row["net"], row["batch"], row["way"]) for row in rows))
     median = {(row["net"], row["batch"], row["way"], row["variant"]): row["to_BP"][1] for row in rows}
     figure, axes = plt.subplots(figsize=(max(8, 2 * len(groups)), 3.6), dpi=150, layout="constrained")

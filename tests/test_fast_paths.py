@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.step_time import DYNAMO, VARIANTS, Cell, make_step, on_side_streams, peak_bytes, side_stream
+from benchmarks.step_time import DYNAMO, VARIANTS, Cell, chart, make_step, on_side_streams, peak_bytes, side_stream
 from feedback import DirectFeedback, functional, layout, wrapper
 from models import ConvNet
 
@@ -214,3 +214,9 @@ def test_a_step_computes_nothing_but_what_the_rule_is_made_of(monkeypatch, rule,
             for optimizer in optimizers:
                 optimizer.step()
     assert len(count.names) == kernels, " ".join(count.names)
+
+
+def test_the_chart_of_step_times_has_a_bar_for_every_variant(tmp_path):
+    row = {"net": "ConvNet", "batch": 64, "way": "channels_last fp32 eager", "to_BP": [1.0, 1.0, 1.0]}
+    chart([row | {"variant": variant} for variant in VARIANTS], "title", tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 0
