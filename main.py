@@ -8,7 +8,7 @@ Source: Webster, Choi, Ahn, "Learning the connections in direct feedback alignme
 
 import sys
 import time
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,6 @@ def make_parser() -> Parser:
     training, data, run = groups
     add = training.add_argument
     add("--batch-size", type=positive_int, default=64, metavar="N", help="training images per step (original: 64)")
-    add("--fc-norm", action=BooleanOptionalAction, default=False, help="batch norm in fc1 (original: none)")
     add("--cuda-graph", action="store_true", help="on a GPU: replay the training step as a CUDA graph")
     add("--no-cuda", action="store_true", help="train on the CPU even where there is a GPU")
     add = data.add_argument

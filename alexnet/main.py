@@ -51,7 +51,7 @@ from training.stages import Stages, share_among_replicas
 BEST = "model_best.pth.tar"  # weights and B after the epoch of the best test accuracy
 PROBE_IMAGES = 64  # spread over the training set, on which the angles are measured after each epoch
 FIXED_BY_THE_CHECKPOINT: tuple[str, ...] = ("recipe", "arch", "train_mode", "dataset", "b_update", "b_scale")
-FIXED_BY_THE_CHECKPOINT += ("seed", "image_size", "schedule", "b_schedule", "head_width", "head_pool")
+FIXED_BY_THE_CHECKPOINT += ("seed", "image_size", "fc_norm", "schedule", "b_schedule", "head_width", "head_pool")
 # no part of the experiment: not in the checkpoint
 OF_THE_RUN = {"out", "resume", "evaluate", "classify", "start_epoch", "workers", "compile", "compile_mode"}
 OF_THE_RUN |= {"limit_batches", "cuda_graph"}
@@ -242,7 +242,7 @@ def work(args: Namespace, device: torch.device, restarted: bool) -> int:
     barrier()
 
     torch.manual_seed(args.seed)
-    model = AlexNet(len(data.classes)).to(device)
+    model = AlexNet(len(data.classes), args.fc_norm).to(device)
     net = wrap(args, model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
     optimizers = make_optimizers(args, net, nesterov=False)
     train_net: Callable[..., Tensor] = net
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         return launch(args, work)
     try:
         checkpoint = load_checkpoint(Path(args.resume), "AlexNet", TRAINED)
-        model = AlexNet(len(checkpoint["classes"])).to(device_of(args.gpu or 0))
+        model = AlexNet(len(checkpoint["classes"]), args.fc_norm).to(device_of(args.gpu or 0))
         return classify(model, checkpoint, args.classify, resized=resized_side(args.image_size), size=args.image_size)
     except (ValueError, OSError) as error:
         make_parser().error(str(error))

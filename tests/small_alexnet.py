@@ -20,10 +20,11 @@ class SmallNet(nn.Module):
     points = ("conv", "hidden")
     smallest_image = 63
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, fc_norm=False):
         super().__init__()
         self.conv = nn.Sequential(nn.Conv2d(3, 2, 8, stride=8), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
-        self.hidden = nn.Sequential(nn.Linear(2 * 8 * 8, 16), nn.ReLU())
+        norm = [nn.BatchNorm1d(16)] if fc_norm else []
+        self.hidden = nn.Sequential(nn.Linear(2 * 8 * 8, 16), *norm, nn.ReLU())
         self.fc = nn.Linear(16, num_classes)
 
     def forward(self, x):

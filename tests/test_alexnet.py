@@ -117,6 +117,13 @@ def test_alexnet_has_the_originals_shapes():
     assert net.eval()(torch.zeros(1, 3, AlexNet.smallest_image, AlexNet.smallest_image)).shape == (1, 100)
 
 
+def test_fc_norm_is_a_batch_norm_in_both_fc_blocks():
+    net = AlexNet(10, fc_norm=True)
+    assert [type(module).__name__ for module in net.fc1] == ["Linear", "BatchNorm1d", "ReLU", "Dropout"]
+    assert [type(module).__name__ for module in net.fc2] == ["Linear", "BatchNorm1d", "ReLU"]
+    assert not any("fc" in name and "norm" in name for name, _ in AlexNet(10).named_modules())
+
+
 def as_world(monkeypatch, rank, world):
     monkeypatch.setattr(batches, "rank", lambda: rank)
     monkeypatch.setattr(batches, "world_size", lambda: world)
@@ -283,6 +290,19 @@ def test_a_run_resumed_with_another_batch_size_sees_each_image_once(alexnet, fol
     assert torch.equal(torch.cat(labels), torch.arange(48)[order] % 100)
     kept = load_checkpoint(out / "checkpoint.pth.tar", "AlexNet")
     assert kept["steps"] == len(labels) == 3 + -(-36 // batch_size)
+
+
+def test_a_run_with_fc_norm_keeps_it(alexnet, folder, monkeypatch, capsys):
+    monkeypatch.setattr(alexnet, "AlexNet", SmallNet)
+    flags = [str(folder), "--image-size", "64", "-b", "16"]
+    out = str(folder / "run")
+    assert alexnet.main([*flags, "--fc-norm", "--epochs", "1", "--out", out]) == 0
+    assert alexnet.main([*flags, "--resume", out, "--epochs", "2", "--save-model"]) == 0
+    assert alexnet.main([*flags, "--resume", out, "--evaluate"]) == 0
+    assert "hidden.1.running_mean" in torch.load(folder / "run" / "model.pt", weights_only=True)
+    with pytest.raises(SystemExit):
+        alexnet.main([*flags, "--resume", out, "--epochs", "3", "--no-fc-norm"])
+    assert "--fc-norm: the run in" in capsys.readouterr().err
 
 
 # --- jobs of several processes

@@ -117,6 +117,12 @@ def add_common_arguments(
     add("--lr", type=nonnegative_float, default=lr, help=f"learning rate of SGD for the weights (original: {lr:g})")
     add("--wd", "--weight-decay", type=nonnegative_float, default=wd, help=f"of the weights (original: {wd:g})")
     add("--schedule", choices=SCHEDULES, default="constant", help="of the weights' learning rate (original: constant)")
+    add(
+        "--fc-norm",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="batch norm in fc blocks (original: none)",
+    )
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast to bfloat16 (default: fp32)")
     add("--channels-last", action="store_true", help="keep feature maps as (N, H, W, C) in memory: faster")
     add("--tf32", choices=("on", "off"), help="on a GPU: float32 products by TF32 (default: in convolutions alone)")
