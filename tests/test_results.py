@@ -140,6 +140,49 @@ def test_step_times_on_a_gpu():
     assert not steps
 
 
+def test_steps_of_every_rule_on_a_gpu():
+    rows = json.loads((RESULTS / "step_time_cuda_rules.json").read_text())["rows"]
+    steps = {(row["way"], row["variant"]): row for row in rows}
+    for row in table("docs/speed.md", "Every rule on a GPU"):
+        way = f"channels_last {row.pop('precision')} graph"
+        assert row.pop("BP, ms") == f"{steps.pop((way, 'BP'))['ms'][1]:.3f}"
+        for variant, cell in row.items():
+            assert cell == f"{steps.pop((way, variant))['to_BP'][1]:.2f}", (way, variant)
+    assert not steps
+
+
+def epochs_of(*path):
+    with open(RESULTS.joinpath(*path), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_conv_net_on_a_gpu():
+    shown = {row[""]: row for row in table("docs/results-cifar10.md", "On a GPU")}
+    assert len(shown) == len(list((RESULTS / "cifar10-cuda-10-epochs").iterdir())) == 10
+    for mode, row in shown.items():
+        last = epochs_of("cifar10-cuda-10-epochs", f"{mode}.csv")[9]
+        assert row["test accuracy, %"] == f"{float(last['test_accuracy']):.2f}"
+        assert row["training, %"] == f"{float(last['train_accuracy']):.2f}"
+    for row in table("docs/results-cifar10.md", "On a GPU", 2):
+        run = epochs_of("cifar10-cuda-100-epochs", f"{row.pop('')}.csv")
+        last = {"training, %": f"{float(run[99]['train_accuracy']):.2f}"}
+        columns = {name: int(name.removeprefix("epoch ")) for name in row if name not in last}
+        found = {name: f"{float(run[epoch - 1]['test_accuracy']):.2f}" for name, epoch in columns.items()}
+        assert len(run) == 100 and row == found | last
+
+
+def test_alexnet_on_a_gpu():
+    for row in table("docs/results-alexnet.md", "90 epochs at 224x224"):
+        run = epochs_of("cifar100-alexnet224-90-epochs", f"{row.pop('run')}.csv")
+        columns = {name: int(name.removeprefix("epoch ")) for name in row if name.removeprefix("epoch ").isdecimal()}
+        for name, epoch in columns.items():
+            assert row[name] == (f"{float(run[epoch - 1]['test_accuracy']):.2f}" if epoch <= len(run) else "")
+        whole = len(run) == 90
+        assert row["top-5"] == (f"{float(run[-1]['test_top5_accuracy']):.2f}" if whole else "")
+        assert row["training, %"] == (f"{float(run[-1]['train_accuracy']):.2f}" if whole else "")
+        assert whole or row["diverged in epoch"] in ("", str(len(run) + 1))
+
+
 def test_steps_over_several_processes():
     rows = json.loads((RESULTS / "pipeline_cpu.json").read_text())["rows"]
     steps = {(row["net"], row["micro_batches"], row["variant"]): row for row in rows}
