@@ -11,7 +11,7 @@ Shapes: N batch, K classes, D features of one block.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,18 @@ def before_parameters(head: nn.Module) -> tuple[nn.Module, nn.Module]:
     return head[:first], head[first:]
 
 
+class AverageTo(nn.AdaptiveAvgPool2d):
+    """The same, but over windows that do not overlap where such give the output its size: they cost less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, *sides)."""
+        sides = cast(tuple[int, int], self.output_size)
+        window = [-(-size // side) for size, side in zip(x.shape[2:], sides, strict=True)]
+        if tuple(-(-size // step) for size, step in zip(x.shape[2:], window, strict=True)) != sides:
+            return super().forward(x)
+        return F.avg_pool2d(x, window, ceil_mode=True)
+
+
 class WholeMap(nn.Conv2d):
     """A Linear from a whole feature map (N, C, H, W) to (N, D), in the map's own memory order."""
 
@@ -120,4 +132,4 @@ def default_head(
         return last
     sides = min(pool, h.shape[2]), min(pool, h.shape[3])
     norm = nn.BatchNorm1d(width, track_running_stats=False)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(sides), WholeMap(h.shape[1], width, sides), norm, nn.ReLU(), last)
+    return nn.Sequential(AverageTo(sides), WholeMap(h.shape[1], width, sides), norm, nn.ReLU(), last)

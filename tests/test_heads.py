@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from feedback import DirectFeedback, alignment, direct_feedback
-from feedback.heads import default_head
+from feedback.heads import AverageTo, default_head
 
 both = pytest.mark.parametrize("rule", ["HEAD", "LOCAL"])
 POINTS = ["0", "1", "2"]
@@ -101,6 +101,17 @@ def test_the_heads_by_default():
     assert not zero(torch.randn(2, 4, 9, 9)).any() and zero[1].weight.any()
     with pytest.raises(ValueError, match=r"\(2, 3, 4\), expected \(N, D\) or \(N, C, H, W\): give a head"):
         default_head(torch.zeros(2, 3, 4), 10)
+
+
+@pytest.mark.parametrize("height", [30, 28, 8, 3])
+def test_a_feature_map_is_averaged_over_windows_that_do_not_overlap_where_they_fit(height):
+    x = torch.randn(2, 3, height, 4, dtype=torch.float64)
+    got = AverageTo((4, 2))(x)
+    exact = F.adaptive_avg_pool2d(x, (4, 2))
+    if height == 30:
+        rows = [x[:, :, i : i + 8].mean(2) for i in (0, 8, 16, 24)]
+        exact = torch.stack(rows, 2).unflatten(3, (2, 2)).mean(4)
+    torch.testing.assert_close(got, exact)
 
 
 @both

@@ -611,7 +611,7 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     assert_refused(capsys, lambda: run(*resume), "--recipe", "has best, got original")
 
 
-def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights_and_heads():
+def test_the_best_recipes_are_what_the_search_found_but_for_decay_and_the_size_of_heads():
     results = Path(main.__file__).parent / "benchmarks" / "results"
     found = [
         results / name / "recipe.json"
@@ -622,8 +622,8 @@ def test_the_best_recipes_are_what_the_search_found_but_for_the_decay_of_weights
     for mode in searched:
         best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
         winner, _, _ = main.parse_arguments(["--recipe", "original", "--train-mode", mode, *searched[mode]])
-        decay = {"wd": 3e-3, "b_wd": 1e-3} if RULES[mode].head else {"wd": 3e-3}
-        assert vars(best) == vars(winner) | {"recipe": "best"} | decay
+        of_heads = {"b_wd": 1e-3, "head_width": 32, "head_pool": 4} if RULES[mode].head else {}
+        assert vars(best) == vars(winner) | {"recipe": "best", "wd": 3e-3} | of_heads
 
 
 def test_validation_holds_out_training_images_and_never_sees_the_test_set(run, tmp_path, data_folder, capsys):
