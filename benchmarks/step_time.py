@@ -343,7 +343,7 @@ def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         range(len(groups)), [f"{net} {batch}\n{way.removesuffix(' fp32 eager')}" for net, batch, way in groups]
     )
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylim(0, max(1.3, 1.15 * max(median.values())))
+    axes.set_ylim(0, max(1.3, 1.4 * max(median.values())))
     axes.set_ylabel("step time / BP's")
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=7, ncols=5, loc="upper center")

@@ -39,7 +39,8 @@ EXACT = {
 SAME_EVERYWHERE = [name for name, rule in RULES.items() if not rule.perturbs]  # other devices draw other numbers
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
-TWICE, ROUNDING = 2, torch.finfo(torch.bfloat16).eps  # of bfloat16's error on the CPU, and of its result
+TWICE, FLOOR = 2, 1e-3  # of bfloat16's error on the CPU
+ROUNDING = torch.finfo(torch.bfloat16).eps  # of a bias's gradient, whose few numbers may be right on the CPU by chance
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,7 @@ def an_alexnet():
 
 
 def alexnet():
+    """Its five convolutions, with fc layers of 64 features."""
     return copy.deepcopy(an_alexnet())
 
 
@@ -137,7 +139,9 @@ def test_bfloat16_errs_at_most_twice_as_much_as_on_the_cpu(name, memory_format):
     exact = on_the_cpu(convnet, 32, name, False)
     got = errors(one_backward(convnet, 32, *EXACT[name], "cuda", torch.float32, memory_format, bf16=True), exact)
     on_cpu = errors(on_the_cpu(convnet, 32, name, True), exact)
-    assert all(got[key] <= TWICE * on_cpu[key] + ROUNDING for key in got), {key: (got[key], on_cpu[key]) for key in got}
+    floors = {key: ROUNDING if key.endswith(".bias") else FLOOR for key in got}
+    wrong = {key: (got[key], on_cpu[key]) for key in got if got[key] > TWICE * on_cpu[key] + floors[key]}
+    assert not wrong
 
 
 @each("DKP-inplace", "LAS-inplace")
