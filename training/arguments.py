@@ -144,7 +144,10 @@ def add_common_arguments(
     start = f"original: {b_scale:g} for {learned}, else 1"
     b_scale_help = f"factor on the random start of B or a head's last layer, 0: it starts at zero ({start})"
     rule("--b-scale", type=nonnegative_float, metavar="X", help=b_scale_help)
-    width, pool = f"features within a head (default: {HEAD_WIDTH})", f"pool feature maps to NxN (default: {HEAD_POOL})"
+    width, pool = (
+        f"features within a head (original: {HEAD_WIDTH})",
+        f"pool feature maps to NxN (original: {HEAD_POOL})",
+    )
     rule("--head-width", type=positive_int, metavar="N", help=f"{heads}: {width}")
     rule("--head-pool", type=positive_int, metavar="N", help=f"{heads}: {pool}")
     parser.feedback_defaults = {"b_lr": b_lr, "b_wd": b_wd, "gamma": gamma, "b_schedule": "constant"}
