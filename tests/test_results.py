@@ -187,6 +187,34 @@ def test_alexnet_on_a_gpu():
         assert row["diverged in epoch"] in ([""] if whole else ["", str(len(run) + 1)])
 
 
+def test_alexnet_with_batch_norm_in_its_fc_blocks():
+    folder = "cifar100-alexnet64-fc-norm"
+    for row in table("docs/results-alexnet.md", "Batch norm in fc1 and fc2"):
+        run = epochs_of(folder, f"{row.pop('')}.csv")
+        found = {
+            name: f"{float(run[epoch]['test_accuracy']):.2f}" for name, epoch in (("epoch 5", 4), ("10", 9), ("15", 14))
+        }
+        found |= {"top-5": f"{float(run[14]['test_top5_accuracy']):.2f}"}
+        found |= {"training, %": f"{float(run[14]['train_accuracy']):.2f}"}
+        found |= {name: f"{float(run[14][name.replace('ing', '').replace(' ', '_')]):.3f}" for name in list(row)[-2:]}
+        assert row == found
+    for row in table("docs/results-alexnet.md", "Batch norm in fc1 and fc2", 2):
+        run = epochs_of(folder, f"{row.pop('run')}.csv")
+        *shown, fourth, eighth, last = row.values()
+        angles = [f"{float(epoch['alignment_deg_fc1']):.1f}" for epoch in (run[3], run[7], run[-1])]
+        assert [fourth, eighth, last] == angles
+        found = [
+            f"{float(run[epoch - 1]['test_accuracy']):.2f}" if epoch <= len(run) else "" for epoch in (4, 8, 12, 16, 20)
+        ]
+        assert shown == found
+    rows = {row[""]: row for row in table("docs/results-alexnet.md", "The defaults train", 2)}
+    for mode in ("LAS", "DKP"):
+        run = epochs_of(folder, f"{mode}-constant.csv")
+        assert [rows[mode][name] for name in ("epoch 1", "2", "3")] == [
+            f"{float(x['train_loss']):.3f}" for x in run[:3]
+        ]
+
+
 def test_steps_over_several_processes():
     rows = json.loads((RESULTS / "pipeline_cpu.json").read_text())["rows"]
     steps = {(row["net"], row["micro_batches"], row["variant"]): row for row in rows}
