@@ -127,6 +127,20 @@ def test_step_times():
         assert seen - {(net, way, "BP, ms") for net, way, _ in steps} == steps.keys()
 
 
+def test_small_heads_beside_dkp():
+    rows = json.loads((RESULTS / "step_time_cpu_heads.json").read_text())["rows"]
+    page = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    for memory_format, where in (
+        ("channels_last", "in channels_last (quartiles"),
+        ("contiguous", "in contiguous memory ("),
+    ):
+        times = {row["variant"]: row["seconds"] for row in rows if row["way"] == SETTINGS[memory_format]}
+        ratios = [a / b for a, b in zip(times["HEAD 32 4"], times["DKP optimizer"], strict=True)]
+        low, median, high = (f"{q:.2f}" for q in statistics.quantiles(ratios, n=4, method="inclusive"))
+        assert len(ratios) == 60 and f"{median} " in page.split(where)[0][-60:]
+        assert page.split(where)[1].strip().startswith(f"{low} to {high})")
+
+
 def test_step_times_on_a_gpu():
     rows = []
     for net in ("ConvNet", "AlexNet"):
