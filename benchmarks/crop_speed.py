@@ -75,7 +75,8 @@ def main() -> None:
     loader = DataLoader(PerImage(data.x_train, data.y_train), BATCH, shuffle=True, num_workers=WORKERS)
     speeds: dict[str, list[float]] = {"whole batches": [], f"torchvision, {WORKERS} workers": []}
     for epoch in tqdm(range(1 if args.quick else args.rounds), unit="round", leave=False, disable=None):
-        speeds["whole batches"].append(images_per_second(whole.train(epoch + 1, 0), device))
+        loaded = (whole.load(*held) for held, _ in whole.train(epoch + 1, 0))
+        speeds["whole batches"].append(images_per_second(loaded, device))
         speeds[f"torchvision, {WORKERS} workers"].append(images_per_second(loader, torch.device("cpu")))
     print(f"{hardware(device)}, torch {torch.__version__}, {len(speeds['whole batches'])} rounds")
     print("| pipeline | images/s, median | least | most |\n|---|---|---|---|")

@@ -41,7 +41,8 @@ def measure(batch_size: int, steps: int) -> tuple[list[float], list[float]]:
     stream = data.train(1, 0)
     for _ in tqdm(range(steps + 5), desc=f"batch {batch_size}", unit="step", leave=False, disable=None):
         start = time.perf_counter()
-        batch, labels, _ = next(stream)
+        held, _ = next(stream)
+        batch, labels = data.load(*held)
         got = time.perf_counter()
         for optimizer in optimizers:
             optimizer.zero_grad()

@@ -64,8 +64,13 @@ def change_training_batches(monkeypatch):
     def change(function):
         def changed(*args, **options):
             data = whole_images(*args, **options)
-            train = data.train
-            data.train = lambda epoch, seen: function(train(epoch, seen))
+            train, load = data.train, data.load
+
+            def changed_train(epoch, seen):
+                loaded = ((*load(*held), count) for held, count in train(epoch, seen))
+                return (((x, y), count) for x, y, count in function(loaded))
+
+            data.train, data.load = changed_train, lambda x, y: (x, y)
             return data
 
         monkeypatch.setattr(main, "whole_images", changed)

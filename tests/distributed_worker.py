@@ -55,13 +55,13 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None, signal_in_tes
             y = torch.randint(3, (images,), generator=generator)
             mine = slice(images * rank // world, images * (rank + 1) // world)
             factor = torch.nan if step == nan_at and rank == 1 else 1
-            yield x[mine] * factor, y[mine], images
+            yield (x[mine] * factor, y[mine]), images
 
     def test_batches():
-        for number, batch in enumerate(itertools.islice(batches(1, 0), 1 if rank == 0 else 3)):
+        for number, (batch, images) in enumerate(itertools.islice(batches(1, 0), 1 if rank == 0 else 3)):
             if number == signal_in_test and rank == 1:
                 signal.raise_signal(signal.SIGTERM)
-            yield batch
+            yield *batch, images
 
     data = Data(
         name="random",
@@ -70,8 +70,9 @@ def train(net, train_net, rank, world, steps, folder, nan_at=None, signal_in_tes
         images=6 * steps,
         steps_after=lambda seen: steps,
         train=batches,
+        load=lambda x, y: (x, y),
         test=test_batches,
-        probe=next(batches(1, 0))[:2],
+        probe=next(batches(1, 0))[0],
         fingerprint="",
     )
     args = Namespace(

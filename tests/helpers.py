@@ -23,6 +23,11 @@ def assert_refused(capsys, call, *fragments):
         assert fragment in error
 
 
+def loaded(data, epoch, seen=0):
+    """Images, labels and the number of images of all ranks, of each training batch as the step sees it."""
+    return [(*(part.clone() for part in data.load(*held)), images) for held, images in data.train(epoch, seen)]
+
+
 @contextlib.contextmanager
 def held_by_another_process(path):
     """Lock `path` in another process, as `training.files.locked` does."""

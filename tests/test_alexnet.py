@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import loaded
 from PIL import Image
 from small_alexnet import SmallNet
 
@@ -134,11 +135,11 @@ def as_world(monkeypatch, rank, world):
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_the_same_global_batches_and_crops(monkeypatch, data_set, world):
     source = batches.crops(data_set, 64, 12, 1, 4)
-    alone = [(x.clone(), y, n) for x, y, n in source.train(1, 0)]
+    alone = loaded(source, 1)
     shares = []
     for rank in range(world):
         as_world(monkeypatch, rank, world)
-        shares.append([(x.clone(), y, n) for x, y, n in source.train(1, 0)])
+        shares.append(loaded(source, 1))
     assert len(alone) == 4 and [len(share) for share in shares] == [4 if world == 2 else 3] * world
     for batch, parts in zip(alone, zip(*shares, strict=True), strict=False):
         assert all(n == batch[2] for _, _, n in parts)
@@ -160,10 +161,10 @@ def test_every_test_image_counts_once(monkeypatch, data_set, world):
 
 def test_a_resumed_epoch_goes_on_with_the_same_crops(data_set):
     source = batches.crops(data_set, 64, 12, 1, 4)
-    whole = [x.clone() for x, _, _ in source.train(2, 0)]
-    rest = [x.clone() for x, _, _ in source.train(2, 24)]
+    whole = [x for x, _, _ in loaded(source, 2)]
+    rest = [x for x, _, _ in loaded(source, 2, 24)]
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
-    other = next(source.train(3, 0))[0]
+    other = loaded(source, 3)[0][0]
     assert not torch.equal(whole[0], other)
 
 
@@ -183,13 +184,13 @@ def test_an_image_folder_is_read_shared_and_resumed(monkeypatch, tmp_path):
     make = lambda: batches.image_folder(tmp_path, 64, 4, 1, 2, 0, torch.device("cpu"))  # noqa: E731
     source = make()
     assert (source.classes, source.images, source.probe[0].shape) == (["cat", "dog"], 12, (2, 3, 64, 64))
-    whole = list(source.train(1, 0))
+    whole = loaded(source, 1)
     assert [n for _, _, n in whole] == [4, 4, 4] and whole[0][0].shape == (4, 3, 64, 64)
     assert -1 <= whole[0][0].min() < whole[0][0].max() <= 1
-    (x, y, _), *_ = make().train(1, 8)
+    (x, y, _), *_ = loaded(make(), 1, 8)
     assert torch.equal(x, whole[2][0]) and torch.equal(y, whole[2][1])
     as_world(monkeypatch, 1, 2)
-    (x, y, n), *_ = make().train(1, 0)
+    (x, y, n), *_ = loaded(make(), 1)
     assert n == 4 and torch.equal(x, whole[0][0][2:]) and torch.equal(y, whole[0][1][2:])
     assert sum(len(y) for _, y, _ in make().test()) == 3
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
@@ -274,7 +275,7 @@ def test_a_run_resumed_with_another_batch_size_sees_each_image_once(alexnet, fol
 
         def batches_of(epoch, seen):
             for batch in train(epoch, seen):
-                labels.append(batch[1])
+                labels.append(data.load(*batch[0])[1])
                 if len(labels) == 3:
                     signal.raise_signal(signal.SIGTERM)
                 yield batch

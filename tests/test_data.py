@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import loaded
 from PIL import Image
 
 from training import batches, data
@@ -243,11 +244,11 @@ def test_batches_visit_the_order_normalised():
     images = data.ImageSet("seven", "made for the test", 7, x, y, x[:5], y[:5])
     whole = batches.whole_images(images, 2, 3, seed=4, probe_images=2)
     order = data.epoch_order(7, 4, 1)
-    got = list(whole.train(1, 0))
+    got = loaded(whole, 1)
     assert [n for _, _, n in got] == [2, 2, 2, 1] and whole.steps_after(0) == 4
     assert torch.equal(torch.cat([labels for _, labels, _ in got]), order)
     torch.testing.assert_close(torch.cat([pixels for pixels, _, _ in got]), (x[order] / 255 - 0.5) / 0.5)
-    assert torch.equal(torch.cat([labels for _, labels, _ in whole.train(1, 4)]), order[4:])
+    assert torch.equal(torch.cat([labels for _, labels, _ in loaded(whole, 1, 4)]), order[4:])
     tested = list(whole.test())
     assert [len(labels) for _, labels, _ in tested] == [3, 2]
     assert torch.equal(torch.cat([labels for _, labels, _ in tested]), y[:5])

@@ -75,6 +75,17 @@ def test_the_front_page_has_these_accuracies_and_times():
     assert not runs and not steps
 
 
+def test_the_scripts_open_with_results_of_the_pages():
+    shown = {row[""]: row["test accuracy, %"] for row in table("docs/results-cifar10.md", "The best recipes")}
+    others = ", ".join(f"{rule} {shown[rule].partition(' ')[0]}" for rule in ("BP", "LAS", "DKP"))
+    opening = (ROOT / "main.py").read_text().partition("Source:")[0]
+    assert "--train-mode LOCAL" in opening
+    assert f"Result: {shown['LOCAL'].replace('±', '+-')} % test accuracy (n=3; {others})" in opening
+    shown = {row[""]: row["test top-1, %"] for row in table("docs/results-alexnet.md", "The defaults train", 2)}
+    result = f"Result: at 64x64, 3 epochs: {shown['DKP']} % top-1 (n=1; BP {shown['BP']}, DFA {shown['DFA']})"
+    assert result in (ROOT / "alexnet" / "main.py").read_text()
+
+
 def test_alexnets_long_runs():
     with open(RESULTS / "cifar100-alexnet64-15-epochs" / "metrics.csv", newline="") as file:
         runs = {(row["mode"], int(row["epoch"])): row for row in csv.DictReader(file)}

@@ -28,12 +28,13 @@ from training.image_files import ImageFileError, ImageFiles
 from training.torchvision_import import import_torchvision
 
 Batches = Iterator[tuple[Tensor, Tensor, int]]  # images, labels, and the number of images of all ranks together
+Held = tuple[Tensor, ...]  # what `Data.load` makes images and labels of, each tensor with a row per image
 CPU_CHUNK = 64  # images cropped at a time, so that what lies between the two products stays in the cache
 
 
 @dataclass
 class Data:
-    """Batches of images (N, 3, S, S) on the device, scaled to -1..1, labels (N,), and the images of all ranks.
+    """Batches of images (N, 3, S, S) on the device, scaled to -1..1, and labels (N,).
 
     Attributes:
         name: the data set's name.
@@ -41,8 +42,10 @@ class Data:
         classes: the names of its classes.
         images: how many an epoch trains on, all ranks together.
         steps_after: steps_after(seen) is how many steps an epoch has after `seen` images over all ranks.
-        train: train(epoch, seen) yields this rank's batches of the epoch, after `seen` images over all ranks.
-        test: test() yields this rank's share of the test images.
+        train: train(epoch, seen) yields what `load` takes, on the device, and the number of images of all ranks, for
+            each batch of the epoch after `seen` images over all ranks.
+        load: load(*held) makes images and labels of it there, and is part of the step: a CUDA graph captures it.
+        test: test() yields images and labels of this rank's share of the test images, and their number.
         probe: images and labels of the training set, to measure angles on.
         fingerprint: identifies the training data; a resumed run compares it.
     """
@@ -52,7 +55,8 @@ class Data:
     classes: list[str]
     images: int
     steps_after: Callable[[int], int]
-    train: Callable[[int, int], Batches]
+    train: Callable[[int, int], Iterator[tuple[Held, int]]]
+    load: Callable[..., tuple[Tensor, Tensor]]
     test: Callable[[], Batches]
     probe: tuple[Tensor, Tensor]
     fingerprint: str
@@ -86,18 +90,16 @@ def whole_images(
     if steps_after(0) == 0:
         raise ValueError(f"{images.source} has too few training images ({count}), expected {least} or more")
 
-    def batches(x: Tensor, y: Tensor, pieces: Iterator[Tensor | slice]) -> Batches:
-        for piece in pieces:
-            labels = y[piece]
-            yield normalise(x[piece]), labels, len(labels)
-
-    def train(epoch: int, seen: int) -> Batches:
+    def train(epoch: int, seen: int) -> Iterator[tuple[Held, int]]:
         order = epoch_order(count, seed, epoch)[seen:].to(images.x_train.device)
-        return batches(images.x_train, images.y_train, iter(order.split(batch_size)))
+        return (((index,), len(index)) for index in order.split(batch_size))
+
+    def load(index: Tensor) -> tuple[Tensor, Tensor]:
+        return normalise(images.x_train[index]), images.y_train[index]
 
     def test() -> Batches:
-        starts = itertools.islice(range(0, len(images.x_test), test_batch_size), limit)
-        return batches(images.x_test, images.y_test, (slice(start, start + test_batch_size) for start in starts))
+        pairs = zip(images.x_test.split(test_batch_size), images.y_test.split(test_batch_size), strict=True)
+        return ((normalise(x), y, len(y)) for x, y in itertools.islice(pairs, limit))
 
     probe = (normalise(images.x_train[:probe_images]), images.y_train[:probe_images])
     return Data(
@@ -107,6 +109,7 @@ def whole_images(
         images=count,
         steps_after=steps_after,
         train=train,
+        load=load,
         test=test,
         probe=probe,
         fingerprint=images.sha256(),
@@ -153,7 +156,7 @@ def shared_steps(images: int, batch_size: int, limit: int | None) -> Callable[[i
 def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images: int, limit: int | None = None) -> Data:
     """RandomResizedCrop and flip for training, Resize and CenterCrop for test, a whole batch at once on the device.
 
-    A training batch lies in memory that the next one overwrites.
+    A training batch is loaded into memory that the next one overwrites.
 
     Args:
         images: a CIFAR set, on the device to train on.
@@ -172,18 +175,17 @@ def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images:
     buffer = torch.empty(-(-batch_size // replica()[1]), 3, size, size, device=device)
     chunk = CPU_CHUNK if device.type == "cpu" else batch_size
 
-    def train(epoch: int, seen: int) -> Batches:
+    def train(epoch: int, seen: int) -> Iterator[tuple[Held, int]]:
         for batch in global_batches(count, batch_size, seed, epoch, seen):
-            boxes, flips = random_crops(len(batch), side, generator(seed, epoch, int(batch[0])))
             mine = share(batch)
-            index = on_device(batch[mine], device)
-            small = normalise(images.x_train[index])
-            x = buffer[: len(index)]
-            boxes, flips = (on_device(t[mine], device) for t in (boxes, flips))
-            parts = zip(*(t.split(chunk) for t in (small, boxes, flips, x)), strict=True)
-            for pixels, box, flip, out in parts:
-                resize_crops(pixels, box, flip, size, out)
-            yield x, images.y_train[index], len(batch)
+            held = batch, *random_crops(len(batch), side, generator(seed, epoch, int(batch[0])))
+            yield tuple(on_device(t[mine], device) for t in held), len(batch)
+
+    def load(index: Tensor, boxes: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
+        small, x = normalise(images.x_train[index]), buffer[: len(index)]
+        for pixels, box, flip, out in zip(*(t.split(chunk) for t in (small, boxes, flips, x)), strict=True):
+            resize_crops(pixels, box, flip, size, out)
+        return x, images.y_train[index]
 
     def test() -> Batches:
         x, y = images.x_test[rank() :: world_size()], images.y_test[rank() :: world_size()]
@@ -200,6 +202,7 @@ def crops(images: ImageSet, size: int, batch_size: int, seed: int, probe_images:
         images=count,
         steps_after=shared_steps(count, batch_size, limit),
         train=train,
+        load=load,
         test=test,
         probe=(centre_crops(normalise(images.x_train[spread]), size), images.y_train[spread]),
         fingerprint=images.sha256(),
@@ -258,7 +261,7 @@ def image_folder(
         alone = "; ".join(f"{name}/ alone has {', '.join(names[:5])}" for name, names in differ.items() if names)
         raise ValueError(f"{folder}: train/ and val/ have not the same classes: {alone}")
 
-    def load(dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(dataset: Dataset, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -269,24 +272,27 @@ def image_folder(
         )
         try:
             for images, labels in loader:
-                yield normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         except ImageFileError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the loader, and so its workers alive
             reason = str(error).strip().splitlines()[-1]  # a worker's has that process's traceback in front
             raise ImageFileError(reason.removeprefix("training.image_files.ImageFileError: ")) from None
 
-    def train_batches(epoch: int, seen: int) -> Batches:
+    def load(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return normalise(pixels), labels
+
+    def train_batches(epoch: int, seen: int) -> Iterator[tuple[Held, int]]:
         batches = global_batches(len(train), batch_size, seed, epoch, seen)
         mine = [batch[share(batch)].tolist() for batch in batches]
-        for (x, y), batch in zip(load(ImageFiles(train, size, seed, epoch), mine), batches, strict=True):
-            yield x, y, len(batch)
+        for held, batch in zip(read(ImageFiles(train, size, seed, epoch), mine), batches, strict=True):
+            yield held, len(batch)
 
     def test_batches() -> Batches:
         mine = range(rank(), len(test), world_size())
         per_rank = -(-batch_size // world_size())
         batches = [list(mine[i : i + per_rank]) for i in range(0, len(mine), per_rank)]
-        for x, y in load(ImageFiles(test, size), batches[:limit]):
-            yield x, y, len(y)
+        for pixels, labels in read(ImageFiles(test, size), batches[:limit]):
+            yield normalise(pixels), labels, len(labels)
 
     spread = torch.linspace(0, len(train) - 1, probe_images).long().tolist()
     names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in train)
@@ -297,8 +303,9 @@ def image_folder(
         images=len(train),
         steps_after=shared_steps(len(train), batch_size, limit),
         train=train_batches,
+        load=load,
         test=test_batches,
-        probe=next(load(ImageFiles(train, size), [spread])),
+        probe=load(*next(read(ImageFiles(train, size), [spread]))),
         fingerprint=hashlib.sha256(os.fsencode(names)).hexdigest(),
     )
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from training.batches import Held
+
 WARM_UP = 3  # steps that run as they are, so that what libraries allocate at first is there
 
-Step = Callable[[Tensor, Tensor, float], Tensor]  # images (N, ...), labels (N,), factor on the loss; returns a Tensor
+Step = Callable[[Held, float], Tensor]  # tensors with a row per image, and the factor on the loss; returns a Tensor
 
 
 def as_graph(step: Step) -> Step:
@@ -20,30 +22,30 @@ def as_graph(step: Step) -> Step:
     must be in tensors that stay. What it returns lies in memory that the next step overwrites.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    held: list[Tensor] = []  # by the graph: images, labels, result
-    shape, warm = None, 0
+    inputs: list[Tensor] = []  # of the graph
+    results: list[Tensor] = []
+    images, warm = 0, 0
 
-    def run(x: Tensor, y: Tensor, weight: float) -> Tensor:
-        nonlocal shape, warm
-        shape = shape or x.shape
-        if x.shape != shape or weight != 1:
-            return step(x, y, weight)
+    def run(held: Held, weight: float) -> Tensor:
+        nonlocal images, warm
+        images = images or len(held[0])
+        if len(held[0]) != images or weight != 1:
+            return step(held, weight)
         if warm < WARM_UP:
             warm += 1
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                result = step(x, y, weight)
+                result = step(held, weight)
             torch.cuda.current_stream().wait_stream(stream)
             return result
-        if not held:
-            inputs = x.clone(), y.clone()
+        if not results:
+            inputs.extend(tensor.clone() for tensor in held)
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, stream=stream):
-                result = step(*inputs, 1.0)
-            held.extend((*inputs, result))
-        held[0].copy_(x)
-        held[1].copy_(y)
+                results.append(step(tuple(inputs), 1.0))
+        for tensor, new in zip(inputs, held, strict=True):
+            tensor.copy_(new)
         graph.replay()
-        return held[2]
+        return results[0]
 
     return run

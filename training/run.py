@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from feedback import DirectFeedback
-from training.batches import Batches, Data
+from training.batches import Batches, Data, Held
 from training.checkpoint import NAMES, identity, mean_buffers, rng_state, save_checkpoint, set_rng_state
 from training.distributed import barrier, gather, rank, replica, sum_over_ranks, world_size
 from training.files import locked, replaced
@@ -237,8 +237,8 @@ class Run:
 
     # --- in the loop
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The rest of the epoch: this rank's images (N, ...), labels (N,), and the factor on its loss.
+    def batches(self) -> Iterator[tuple[Held, float]]:
+        """The rest of the epoch: what `data.load` makes this rank's images and labels of, and the factor on its loss.
 
         Gradients are averaged over the ranks; with the factor on each loss that is the mean over all images.
 
@@ -258,12 +258,12 @@ class Run:
         seen = self.tally["seen"]
         left = self.data.steps_after(seen)
         with self._reading():
-            for x, y, together in itertools.islice(self.data.train(self.epoch + 1, seen), left):
+            for held, together in itertools.islice(self.data.train(self.epoch + 1, seen), left):
                 self._together = together
-                weight = len(y) * replica()[1] / together
+                weight = len(held[0]) * replica()[1] / together
                 if self.stages is not None:
                     self.stages.weight = weight
-                yield x, y, weight
+                yield held, weight
 
     def watch(self, loss: Tensor, logits_NK: Tensor, y: Tensor) -> Tensor:
         """Return, for `count`, a step's loss over this rank's images and its right answers; of several ranks, more.
