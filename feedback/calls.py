@@ -1,6 +1,5 @@
 """How a model is called, and where its output has the logits."""
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -44,10 +43,13 @@ def logits_in(output: Any, key: str | int | None) -> Any:
         return output
     if not isinstance(output, Mapping) and isinstance(key, str) and hasattr(output, key):
         return getattr(output, key)
-    if isinstance(output, (Mapping, list, tuple)):
-        with contextlib.suppress(LookupError, TypeError):
-            return output[key_in(output, key)]
-    raise ValueError(f"the model returns {described(output)}, expected logits in it at {key!r}")
+    problem = f"the model returns {described(output)}, expected logits in it at {key!r}"
+    if not isinstance(output, (Mapping, list, tuple)):
+        raise ValueError(problem)
+    try:
+        return output[key_in(output, key)]
+    except (LookupError, TypeError):
+        raise ValueError(problem) from None
 
 
 def key_in(output: Any, key: str | int) -> Any:

@@ -67,7 +67,7 @@ def refuse_large(error: Tensor) -> None:
 def warn_of_other_loss(error: Tensor, logits: Tensor, class_dim: int, labels: Labels) -> None:
     """Warn if e (N, *P, K) is clearly no multiple of the gradient of the loss by which the labels are read."""
     error_NPK, logits_NPK = error.movedim(class_dim, -1), logits.movedim(class_dim, -1)
-    labels = labels._replace(shape=tuple(error_NPK.shape[:-1]))
+    labels = labels.seen_in(error_NPK.shape[:-1])
     if labels.is_other_loss(error_NPK.flatten(0, -2), logits_NPK.flatten(0, -2)):
         known = "cross-entropy" if labels.loss is None else "`loss`"
         warnings.warn(

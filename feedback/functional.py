@@ -66,7 +66,7 @@ class FeedbackPoint(torch.autograd.Function):
         feedback = saved if ctx.feedback is None else ctx.feedback
         rule, labels, inplace_lr = RULES[ctx.rule], ctx.labels, ctx.step[0]
         if labels is not None:
-            labels = labels._replace(shape=tuple(error.shape[:-1]), scale=scale)
+            labels = labels.seen_in(error.shape[:-1], scale)
         channels_last = is_channels_last(feedback)
         feedback_KD = as_rows(feedback, channels_last)
         error_NK = error.to(ctx.dtype).flatten(0, -2)
@@ -111,7 +111,7 @@ class Broadcast(torch.autograd.Function):
         scale = None
         if ctx.labels is not None:
             rows_NK = ctx.logits.movedim(ctx.class_dim, -1).flatten(0, -2)
-            labels = ctx.labels._replace(shape=tuple(error_NPK.shape[:-1]))
+            labels = ctx.labels.seen_in(error_NPK.shape[:-1])
             scale = labels.scale_of(error_NPK.flatten(0, -2), rows_NK)
         sent = {shape: from_positions(error_NPK, shape[1:-1]) for shape in set(ctx.shapes) if len(shape)}
         grads = (sent.get(shape, scale) if need else None for shape, need in zip(ctx.shapes, needed, strict=True))

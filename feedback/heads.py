@@ -40,7 +40,7 @@ class OwnError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
-        labels = ctx.labels._replace(shape=tuple(logits.shape[:-1]), scale=scale)
+        labels = ctx.labels.seen_in(logits.shape[:-1], scale)
         return labels.error_of(logits.flatten(0, -2)).view_as(logits).to(logits.dtype), None
 
 
@@ -60,8 +60,8 @@ def head_point(h: Tensor, head: nn.Module, labels: Labels, own_error: bool) -> t
     fixed: dict[str, Tensor] = {}
     for prefix, module in rest.named_modules():  # once each, but with every name of a tied parameter
         of_module: dict[str, Any] = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
-        fixed |= {name: parameter.detach() for name, parameter in module.named_parameters(**of_module)}
-        fixed |= {name: buffer.clone() for name, buffer in module.named_buffers(**of_module)}
+        fixed.update((name, parameter.detach()) for name, parameter in module.named_parameters(**of_module))
+        fixed.update((name, buffer.clone()) for name, buffer in module.named_buffers(**of_module))
     z = checked(functional_call(rest, fixed, seen, tie_weights=False), h, labels)
     return z, OwnError.apply(rest(seen.detach()), labels)
 
@@ -81,7 +81,7 @@ def before_parameters(head: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The modules that a plain `nn.Sequential` begins with and that have no parameters or buffers, and the rest."""
     if type(head) is not nn.Sequential or head._forward_hooks or head._forward_pre_hooks:
         return nn.Identity(), head
-    states = [bool(module.state_dict()) for module in head]
+    states = [len([*module.parameters(), *module.buffers()]) > 0 for module in head]
     first = states.index(True) if any(states) else len(states)
     return head[:first], head[first:]
 
@@ -91,7 +91,7 @@ class AverageTo(nn.AdaptiveAvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, *sides)."""
-        sides = cast(tuple[int, int], self.output_size)
+        sides = cast("tuple[int, int]", self.output_size)
         window = [-(-size // side) for size, side in zip(x.shape[2:], sides, strict=True)]
         if tuple(-(-size // step) for size, step in zip(x.shape[2:], window, strict=True)) != sides:
             return super().forward(x)

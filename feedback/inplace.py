@@ -54,6 +54,6 @@ def step(
 
 def correlation(error_NK: Tensor, h_ND: Tensor, dtype: torch.dtype) -> Tensor:
     """e^T @ h, (K, D), in `dtype`; on a GPU, of bfloat16 factors without a copy of them, where torch can."""
-    if error_NK.is_cuda and error_NK.dtype != dtype and MM_HAS_OUT_DTYPE and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and error_NK.is_cuda and error_NK.dtype != dtype and MM_HAS_OUT_DTYPE:
         return torch.mm(error_NK.T, h_ND, out_dtype=dtype)
     return error_NK.to(dtype).T @ h_ND.to(dtype)

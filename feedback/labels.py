@@ -3,7 +3,7 @@
 Shapes: N batch, *P positions of the logits and *Q of what reads the labels, if any; K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -42,6 +42,11 @@ class Labels(NamedTuple):
     positions: list[int]
     shape: tuple[int, ...] = ()
     scale: Tensor | None = None
+
+    def seen_in(self, shape: Iterable[int], scale: Tensor | None = None) -> "Labels":
+        """The same for what sees them in the shape (N, *Q), where the training loss is scaled."""
+        what = self.target, self.classes, self.class_dim, self.loss, self.shares, self.positions
+        return Labels(*what, tuple(shape), scale)
 
     def scaled(self, at_logits: Tensor) -> Tensor:
         """(N, *P, K) at the logits' positions, scaled, as rows (N, K) of what sees the labels."""
