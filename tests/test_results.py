@@ -107,6 +107,16 @@ def test_alexnets_long_runs():
         assert row == {point: f"{float(last[f'alignment_deg_{point}']):.1f}" for point in points}
 
 
+def test_heads_that_imitate():
+    page = (ROOT / "docs" / "results-cifar10.md").read_text()
+    found = []
+    for name in ("that-imitate/mix-1", "that-imitate/mix-0.5", "small"):
+        name = "cifar10-small-heads-held-out/HEAD-seed1" if name == "small" else f"cifar10-heads-{name}"
+        with open(RESULTS / f"{name}.csv", newline="") as file:
+            found.append(f"{float(list(csv.DictReader(file))[-1]['validation_accuracy']):.2f}")
+    assert "it has {} and {} % of 5,000 held-out images, {} as it is".format(*found) in page
+
+
 def test_the_search_from_the_best_recipes():
     runs = last_epochs("cifar10-search-from-best-12-epochs")
     for row in table("docs/results-cifar10.md", "At full length"):
