@@ -1,9 +1,13 @@
 """The pages say what the code does: the snippet runs, commands parse, flags are all of them, links lead somewhere."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
+
+import torch
 
 import main
 from feedback import RULES
@@ -61,3 +65,33 @@ def test_every_link_leads_to_a_file_and_a_heading():
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
             anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in anchors, f"{page}: {link}"
+
+
+def test_gpu_sh_goes_on_where_it_was_cut_off(alexnet, tmp_path, monkeypatch):
+    """With a python that notes its arguments and is stopped in every training once, as by the time limit."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(
+        """#!/usr/bin/env bash
+echo "$*" >>"$NOTES"
+[[ $* == *" --out "*/cifar* ]] || exit 0
+mkdir -p "$3" && touch "$3/checkpoint.pt" && exit 143
+"""
+    )
+    stub.chmod(0o755)
+    notes = tmp_path / "notes"
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "DATA", "3"]
+    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "NOTES": str(notes)}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    lines = [shlex.split(line) for line in notes.read_text().splitlines()]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    trained = {"main.py": [], "alexnet/main.py": []}
+    for script, *flags in lines:
+        if script in trained and "--resume" not in flags:
+            args = {"main.py": main, "alexnet/main.py": alexnet}[script].parse_arguments(flags)
+            trained[script].append((args[0] if script == "main.py" else args).train_mode)
+    assert sorted(trained["main.py"]) == sorted(RULES)
+    assert sorted(trained["alexnet/main.py"]) == sorted({*RULES} - {"FA", "KP", "DRTP", "FDFA"})
+    assert sum("--resume" in line for line in lines) == sum(map(len, trained.values()))
+    again = subprocess.run(command, env=environment, capture_output=True)
+    assert again.returncode == 0 and len(notes.read_text().splitlines()) == len(lines)
