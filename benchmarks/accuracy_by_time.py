@@ -28,7 +28,7 @@ from training.machine import REPOSITORY, hardware, reuse_memory
 from training.optim import autocast, make_optimizers, wrap
 from training.plot import Panel, draw, read_metrics
 
-SWEEPS = ("cifar10-best-12-epochs", "cifar10-drtp-12-epochs", "cifar10-heads-12-epochs")
+SWEEPS = tuple(f"cifar10-{name}-12-epochs" for name in ("best", "dkp", "drtp", "heads"))
 CPU = torch.device("cpu")
 IMAGES = 50_000  # of an epoch
 

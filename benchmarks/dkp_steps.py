@@ -7,7 +7,8 @@ Every flag but --data goes to main.py. A run each of seed 1:
     tied-RATE       it follows W's one-cycle schedule, with a peak of RATE
     ...-gamma       the same, and less by 0.9 an epoch beside it
     ...-wd, -lr     the same with less decay of W, 1e-3; with twice its learning rate
-    ...-fc-norm     the same with `--fc-norm`, and W's learning rate at 0.01
+    ...-gamma-lr    as ...-gamma with half of W's learning rate
+    ...-fc-norm     the same with `--fc-norm`, and W's learning rate at 0.01, or as said
     normalised      e^T h is divided by the running mean of ||e||^2, as in normalised least mean squares (Nagumo, Noda
                     1967), and B takes plain steps in place, tied to the schedule as well
 
@@ -43,9 +44,11 @@ VARIANTS = {  # elements of e^T h / ||e||^2 begin near 1, so that 1e-5 in place 
     "decayed-3e-5": [*BASE, "--b-lr", "3e-5"],
     **{f"tied-{rate}": [*TIED, "--b-lr", rate] for rate in ("3e-5", "1e-4", "3e-4", "1e-3")},
     "tied-3e-4-gamma": [*TIED, "--b-lr", "3e-4", "--gamma", "0.9"],
+    "tied-3e-4-gamma-lr": [*TIED, "--b-lr", "3e-4", "--gamma", "0.9", "--lr", "0.001"],
     "tied-1e-4-wd": [*TIED, "--b-lr", "1e-4", "--wd", "1e-3"],
     "tied-3e-4-lr": [*TIED, "--b-lr", "3e-4", "--lr", "0.004"],
     **{f"tied-{rate}-fc-norm": [*TIED, "--b-lr", rate, *FC_NORM] for rate in ("1e-4", "3e-4")},
+    **{f"tied-3e-4-fc-norm-{lr}": [*TIED, "--b-lr", "3e-4", *FC_NORM, "--lr", lr] for lr in ("0.004", "0.002")},
     "normalised": [*TIED, "--train-mode", RULE, "--b-update", "inplace", "--b-lr", "1e-5"],
 }
 

@@ -45,7 +45,7 @@ def accuracy(rows):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-BEST = ("cifar10-best-12-epochs", "cifar10-drtp-12-epochs", "cifar10-heads-12-epochs")
+BEST = tuple(f"cifar10-{name}-12-epochs" for name in ("best", "dkp", "drtp", "heads"))
 
 
 def test_accuracies_and_angles_of_the_conv_net():
@@ -135,6 +135,14 @@ def test_dkp_with_b_on_one_cycle():
     for name in ("gamma-0.9", "gamma-1"):
         with open(RESULTS / "cifar10-dkp-one-cycle-12-epochs" / f"{name}.csv", newline="") as file:
             assert accuracy([row for row in csv.DictReader(file) if row["epoch"] == "12"]) in page
+
+
+def test_dkp_for_100_epochs():
+    last = epochs_of("cifar10-dkp-100-epochs", "tied-3e-4-gamma-lr.csv")[99]
+    shown = f"{float(last['test_accuracy']):.2f} %"
+    page = (ROOT / "docs" / "results-cifar10.md").read_text()
+    assert f"to {float(last['train_loss']):.2f} in the last, and DKP has {shown} of the\n  test images" in page
+    assert f"[{shown}](docs/results-cifar10.md#other-steps-of-dkps-b), one seed" in (ROOT / "README.md").read_text()
 
 
 def test_step_times():
