@@ -122,7 +122,7 @@ def train(
             optimizer.step()
         return values
 
-    take_step = as_graph(step) if args.cuda_graph else step
+    take_step = as_graph(step, args.batch_size) if args.cuda_graph else step
     with run:
         while run.epoch < run.epochs:
             net.train()

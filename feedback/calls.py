@@ -43,13 +43,12 @@ def logits_in(output: Any, key: str | int | None) -> Any:
         return output
     if not isinstance(output, Mapping) and isinstance(key, str) and hasattr(output, key):
         return getattr(output, key)
-    problem = f"the model returns {described(output)}, expected logits in it at {key!r}"
-    if not isinstance(output, (Mapping, list, tuple)):
-        raise ValueError(problem)
-    try:
-        return output[key_in(output, key)]
-    except (LookupError, TypeError):
-        raise ValueError(problem) from None
+    if isinstance(output, (Mapping, list, tuple)):
+        try:
+            return output[key_in(output, key)]
+        except (LookupError, TypeError):
+            pass
+    raise ValueError(f"the model returns {described(output)}, expected logits in it at {key!r}")
 
 
 def key_in(output: Any, key: str | int) -> Any:

@@ -44,7 +44,8 @@ class Labels(NamedTuple):
     scale: Tensor | None = None
 
     def seen_in(self, shape: Iterable[int], scale: Tensor | None = None) -> "Labels":
-        """The same for what sees them in the shape (N, *Q), where the training loss is scaled."""
+        """The same labels for what sees them in the shape (N, *Q), with this `scale`."""
+        # neither _replace nor a slice of self: torch 2.6 cannot trace them
         what = self.target, self.classes, self.class_dim, self.loss, self.shares, self.positions
         return Labels(*what, tuple(shape), scale)
 

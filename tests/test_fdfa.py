@@ -203,13 +203,12 @@ def checkpointed():
 def test_what_forward_mode_does_not_go_with_is_refused():
     x, y = data()
     net = DirectFeedback(checkpointed(), ["blocks.0", "blocks.1", "blocks.2"], "FDFA", x[:2])
-    with pytest.raises((CheckpointError, NotImplementedError)):  # the second by torch 2.6
+    oldest = torch.__version__.startswith("2.6.")  # refuses both with words of its own
+    with pytest.raises(NotImplementedError if oldest else CheckpointError):
         F.cross_entropy(net(x), y).backward()
     torch._dynamo.reset()
     compiled = torch.compile(wrap(), backend="eager", fullgraph=True)
-    with pytest.raises(
-        Exception, match=r"which torch\.compile does not take|WITH_EXCEPT_START"
-    ):  # the second by torch 2.6
+    with pytest.raises(Exception, match="WITH_EXCEPT_START" if oldest else r"which torch\.compile does not take"):
         compiled(x)
     with pytest.raises(ValueError, match=r"needs a rule of \['DKP', 'LAS'\], got 'FDFA'"):
         wrap(update="inplace", feedback_lr=0.1)

@@ -611,8 +611,10 @@ def test_a_recipe_is_the_defaults_of_its_rule_and_stays_with_its_run(run, tmp_pa
     assert_refused(capsys, lambda: run(*resume), "--recipe", "has best, got original")
 
 
-def test_the_best_recipes_are_what_the_search_found_but_for_decay_and_the_size_of_heads():
+def test_the_best_recipes_are_what_the_search_found_but_for_decay_the_size_of_heads_and_dkps():
     results = Path(main.__file__).parent / "benchmarks" / "results"
+    sweep = json.loads((results / "cifar10-dkp-12-epochs" / "sweep.json").read_text())
+    of_dkp = [flag for flag in sweep["runs"][0]["flags"] if flag not in ("--channels-last", "--precision", "bf16")]
     found = [
         results / name / "recipe.json"
         for name in ("cifar10-search-3-epochs", "cifar10-search-drtp-3-epochs", "cifar10-search-heads-3-epochs")
@@ -621,7 +623,8 @@ def test_the_best_recipes_are_what_the_search_found_but_for_decay_and_the_size_o
     assert searched.keys() == RULES.keys()
     for mode in searched:
         best, _, _ = main.parse_arguments(["--train-mode", mode, "--recipe", "best"])
-        winner, _, _ = main.parse_arguments(["--recipe", "original", "--train-mode", mode, *searched[mode]])
+        flags = [*searched[mode], *(of_dkp if mode == "DKP" else ())]
+        winner, _, _ = main.parse_arguments(["--recipe", "original", "--train-mode", mode, *flags])
         of_heads = {"b_wd": 1e-3, "head_width": 32, "head_pool": 4} if RULES[mode].head else {}
         assert vars(best) == vars(winner) | {"recipe": "best", "wd": 3e-3} | of_heads
 

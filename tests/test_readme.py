@@ -5,11 +5,14 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import main
+from benchmarks import step_time
 from feedback import RULES
 from training.arguments import RECIPES
 
@@ -82,16 +85,26 @@ mkdir -p "$3" && touch "$3/checkpoint.pt" && exit 143
     notes = tmp_path / "notes"
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "DATA", "3"]
     environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "NOTES": str(notes)}
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    once = lambda: subprocess.run(command, env=environment, capture_output=True, timeout=60)  # noqa: E731
+    assert once().returncode == 0
     lines = [shlex.split(line) for line in notes.read_text().splitlines()]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    trained = {"main.py": [], "alexnet/main.py": []}
+    monkeypatch.setattr(step_time, "cells", lambda *args: sys.exit("parsed"))
+    trained, timed = {"main.py": [], "alexnet/main.py": []}, 0
     for script, *flags in lines:
-        if script in trained and "--resume" not in flags:
+        if script == "benchmarks/step_time.py":
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            with pytest.raises(SystemExit, match="parsed"):
+                step_time.main()
+            timed += 1
+        elif "--resume" in flags:
+            assert flags[0] == "--resume" and Path(flags[1]).parent == tmp_path / "out"
+            assert ("--cuda-graph" in flags) == (script == "main.py")
+        elif script in trained:
             args = {"main.py": main, "alexnet/main.py": alexnet}[script].parse_arguments(flags)
             trained[script].append((args[0] if script == "main.py" else args).train_mode)
+    assert timed == 3
     assert sorted(trained["main.py"]) == sorted(RULES)
     assert sorted(trained["alexnet/main.py"]) == sorted({*RULES} - {"FA", "KP", "DRTP", "FDFA"})
     assert sum("--resume" in line for line in lines) == sum(map(len, trained.values()))
-    again = subprocess.run(command, env=environment, capture_output=True)
-    assert again.returncode == 0 and len(notes.read_text().splitlines()) == len(lines)
+    assert once().returncode == 0 and len(notes.read_text().splitlines()) == len(lines)

@@ -15,37 +15,36 @@ WARM_UP = 3  # steps that run as they are, so that what libraries allocate at fi
 Step = Callable[[Held, float], Tensor]  # tensors with a row per image, and the factor on the loss; returns a Tensor
 
 
-def as_graph(step: Step) -> Step:
-    """Return `step`, to be replayed as a CUDA graph from the fourth batch on.
+def as_graph(step: Step, batch_size: int) -> Step:
+    """Return `step`, to be replayed as a CUDA graph from the fourth batch of `batch_size` on; others run as they are.
 
-    A batch of another size than the first runs as it is. What the step reads beside its arguments, learning rates too,
-    must be in tensors that stay. What it returns lies in memory that the next step overwrites.
+    What the step reads beside its arguments, learning rates too, must be in tensors that stay. What it returns lies in
+    memory that the next step overwrites.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    inputs: list[Tensor] = []  # of the graph
-    results: list[Tensor] = []
-    images, warm = 0, 0
+    inputs: Held = ()  # of the graph
+    result: Tensor | None = None
+    warm = 0
 
     def run(held: Held, weight: float) -> Tensor:
-        nonlocal images, warm
-        images = images or len(held[0])
-        if len(held[0]) != images or weight != 1:
+        nonlocal inputs, result, warm
+        if len(held[0]) != batch_size or weight != 1:
             return step(held, weight)
         if warm < WARM_UP:
             warm += 1
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                result = step(held, weight)
+                values = step(held, weight)
             torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if not results:
-            inputs.extend(tensor.clone() for tensor in held)
+            return values
+        if result is None:
+            inputs = tuple(tensor.clone() for tensor in held)
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, stream=stream):
-                results.append(step(tuple(inputs), 1.0))
+                result = step(inputs, 1.0)
         for tensor, new in zip(inputs, held, strict=True):
             tensor.copy_(new)
         graph.replay()
-        return results[0]
+        return result
 
     return run
