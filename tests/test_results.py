@@ -256,6 +256,24 @@ def test_alexnet_with_batch_norm_in_its_fc_blocks():
             f"{float(run[epoch - 1]['test_accuracy']):.2f}" if epoch <= len(run) else "" for epoch in (4, 8, 12, 16, 20)
         ]
         assert shown == found
+    lengths = []
+    for row in table("docs/results-alexnet.md", "Batch norm in fc1 and fc2", 3):
+        run = epochs_of("cifar100-alexnet64-90-epochs", f"{row.pop('run')}.csv")
+        lengths.append(len(run))
+        keys = {
+            "top-5": ("test_top5_accuracy", 2),
+            "training, %": ("train_accuracy", 2),
+            "training loss": ("train_loss", 3),
+        }
+        found = {name: f"{float(run[-1][key]):.{digits}f}" for name, (key, digits) in keys.items()}
+        for name in ("epoch 10", "20", "30", "40", "50", "last"):
+            epoch = len(run) if name == "last" else int(name.removeprefix("epoch "))
+            found[name] = f"{float(run[epoch - 1]['test_accuracy']):.2f}" if epoch <= len(run) else ""
+        for name, epoch in (("fc1's angle after 10", 10), ("after 30", 30), ("after the last", len(run))):
+            found[name] = f"{float(run[epoch - 1]['alignment_deg_fc1']):.1f}"
+        assert row == found
+    readme = (ROOT / "README.md").read_text()
+    assert "with it DKP trains for {} and LAS for {} epochs".format(*lengths) in readme
     rows = {row[""]: row for row in table("docs/results-alexnet.md", "The defaults train", 2)}
     for mode in ("LAS", "DKP"):
         run = epochs_of(folder, f"{mode}-constant.csv")
